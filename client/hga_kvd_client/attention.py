@@ -1,0 +1,88 @@
+"""Attention over real tokens, in plain PyTorch with float32 accumulation. Pure; the same on CPU and CUDA tensors.
+
+Query heads are grouped by KV head everywhere: q [kv_heads, ratio, ..., head_dim], head h = kv_head * ratio + r.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Scores held at once by exact attention; longer blocks of queries go in slices. On a CPU 4 MiB of float32 stay in the
+# cache between the passes of the softmax: twice as fast as 64 MiB, hardly slower than the product of q and k alone.
+SCORES_MAX_CPU = 1 << 20
+SCORES_MAX = 16 << 20
+
+
+def decode_attention(
+    q: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    scale: float,
+    opened_k: Tensor | None = None,
+    opened_v: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """One query token over [window | opened], where every KV head has opened its own groups.
+
+    q: [kv_heads, ratio, head_dim]; window_k, window_v: [kv_heads, window_tokens, head_dim];
+    opened_k, opened_v: [kv_heads, groups * group_tokens, head_dim], padded; valid: bool [kv_heads, groups], False at
+    padding. Values at padding must be finite; they have no weight. Returns [kv_heads, ratio, head_dim], float32.
+    """
+    q = q.float() * scale
+    scores = torch.bmm(q, window_k.float().transpose(1, 2))
+    if opened_k is None or opened_v is None or valid is None:
+        return torch.bmm(torch.softmax(scores, -1), window_v.float())
+    far = torch.bmm(q, opened_k.float().transpose(1, 2))
+    far.view(*q.shape[:2], valid.shape[1], -1).masked_fill_(~valid[:, None, :, None], -torch.inf)
+    # Scores are small; K and V are not, and are never concatenated.
+    weights = torch.softmax(torch.cat((scores, far), -1), -1)
+    near = window_k.shape[1]
+    return torch.baddbmm(torch.bmm(weights[..., :near], window_v.float()), weights[..., near:], opened_v.float())
+
+
+class ExactAttention:
+    """Attention of a block of queries over keys that come in tiles, in any order: online softmax, nothing approximate.
+
+    Between tiles it holds, per query, the largest score, the sum of weights relative to it, and the weighted values.
+    """
+
+    def __init__(self, q: Tensor, scale: float) -> None:
+        """q: [kv_heads, ratio, tokens, head_dim]."""
+        kv_heads, ratio, tokens, _ = q.shape
+        self._q = q.float() * scale
+        self._largest = torch.full((kv_heads, ratio, tokens, 1), -torch.inf, device=q.device)
+        self._total = torch.zeros(kv_heads, ratio, tokens, 1, device=q.device)
+        self._values = torch.zeros_like(self._q)
+
+    def add(self, k: Tensor, v: Tensor, causal_offset: int | None = None) -> None:
+        """k, v: [kv_heads, keys, head_dim]. Query token t sees keys 0 .. causal_offset + t, or all if that is None."""
+        k, v = k.float(), v.float()
+        kv_heads, ratio, tokens, _ = self._q.shape
+        scores_max = SCORES_MAX_CPU if k.device.type == "cpu" else SCORES_MAX
+        step = max(1, scores_max // (kv_heads * ratio * k.shape[1]))
+        for start in range(0, tokens, step):
+            end = min(start + step, tokens)
+            seen = k.shape[1] if causal_offset is None else min(causal_offset + end, k.shape[1])
+            self._add_slice(start, end, k[:, :seen], v[:, :seen], causal_offset)
+
+    def result(self) -> Tensor:
+        """[kv_heads, ratio, tokens, head_dim], float32. Every query must have seen a key."""
+        return self._values / self._total
+
+    def _add_slice(self, start: int, end: int, k: Tensor, v: Tensor, causal_offset: int | None) -> None:
+        kv_heads, ratio, _, dim = self._q.shape
+        rows = (kv_heads, ratio * (end - start))
+        scores = torch.bmm(self._q[:, :, start:end].reshape(*rows, dim), k.transpose(1, 2))
+        if causal_offset is not None:
+            last = torch.arange(start, end, device=k.device)[:, None] + causal_offset
+            hidden = torch.arange(k.shape[1], device=k.device) > last
+            scores.view(kv_heads, ratio, end - start, -1).masked_fill_(hidden, -torch.inf)
+        old = self._largest[:, :, start:end].reshape(*rows, 1)
+        largest = torch.maximum(old, scores.amax(-1, keepdim=True))
+        weights = scores.sub_(largest).exp_()
+        shape = (kv_heads, ratio, end - start, -1)
+        kept = (old - largest).exp_().view(shape)
+        self._total[:, :, start:end] = self._total[:, :, start:end] * kept + weights.sum(-1, keepdim=True).view(shape)
+        self._values[:, :, start:end] = self._values[:, :, start:end] * kept + torch.bmm(weights, v).view(shape)
+        self._largest[:, :, start:end] = largest.view(shape)

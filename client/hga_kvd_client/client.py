@@ -1,0 +1,87 @@
+"""Client: a connection and the sessions opened through it."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hga_kvd_client import errors
+from hga_kvd_client.connection import Connection, SessionInfo
+from hga_kvd_client.geometry import Geometry
+from hga_kvd_client.options import Rope, SessionOptions
+from hga_kvd_client.session import Session
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Client:
+    """One caller at a time. Use as a context manager, or call close()."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def open(
+        self,
+        name: str | None,
+        geometry: Geometry,
+        rope: Rope,
+        options: SessionOptions | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        create: bool = True,
+    ) -> Session:
+        """Opens the session of this name, or makes it; None: a temporary one. A session with chunks is resumed.
+
+        geometry.rope may be left empty; it is then rope.text(). dtype: of K and V; must be geometry.dtype, which is
+        what None means. Raises: SessionNotFound (create=False), GeometryMismatch, InvalidRequest, LimitExceeded,
+        RecordsDamaged.
+        """
+        if geometry.dtype not in DTYPES or dtype not in (None, DTYPES[geometry.dtype]):
+            raise errors.InvalidRequest(
+                f"geometry.dtype is {geometry.dtype!r} and dtype {dtype}; both must be one of {', '.join(DTYPES)}"
+            )
+        if rope.rotary_dim > geometry.head_dim:
+            raise errors.InvalidRequest(f"rotary_dim is {rope.rotary_dim}, more than head_dim {geometry.head_dim}")
+        opened = self.connection.open(name or "", replace(geometry, rope=geometry.rope or rope.text()), create=create)
+        session = Session(
+            self.connection, opened, rope, options or SessionOptions(), torch.device(device), DTYPES[geometry.dtype]
+        )
+        if opened.chunk_count:
+            session.resume()
+        return session
+
+    def list(self) -> builtins.list[SessionInfo]:
+        return self.connection.list()
+
+    def stat(self) -> Any:
+        """Counters and sizes of the daemon: the StatResponse of the proto."""
+        return self.connection.stat()
+
+    def delete(self, name: str) -> None:
+        """Removes a session by name. Raises: SessionNotFound."""
+        self.connection.delete(self.connection.open(name, None, create=False).session_id)
+
+    def close(self) -> None:
+        """Ends the connection; temporary sessions are gone, named ones stay. May be called twice."""
+        self.connection.disconnect()
+
+
+def connect(target: str | None = None, **connection_options: Any) -> Client:
+    """A client of the daemon at target: unix:/path, /path, host:port; None: default_target().
+
+    connection_options: transport "auto" | "bytes", region_bytes, deadline_s, reconnect_s, as in Connection.
+    Raises: Unavailable when no daemon answers for reconnect_s.
+    """
+    return Client(Connection(target, **connection_options))

@@ -1,0 +1,541 @@
+"""Session: one token sequence's K/V as a model sees it. The hub of the client; it alone knows the order of steps.
+
+What always holds:
+- Every token is in exactly one of three places for attention: the sinks, the tail (both in the window), or the daemon.
+  Closed chunks are in the daemon as soon as the next block begins, also while they are still in the window.
+- Layers are appended in order 0 .. L-1 for each block of tokens; `tokens` counts those that all layers have.
+- Attention is exact over what it opens. A block of several tokens sees everything; a single token sees the window and
+  the groups its router chose. Nothing damaged is ever attended.
+- What this process holds is bounded by the window, the bank, the block at hand and the summaries, 1 + groups_per_chunk
+  vectors per chunk; the rest lives in the daemon.
+
+Order of one block: append(0) closes the full chunks of the blocks before it (summaries, append, flush if it is time),
+then takes the block; attend(0); append(1); attend(1); ...
+Order of one routed step in a layer: route, plan on the bank, fetch what it misses, take it, attend.
+
+If the daemon is replaced under a named session, chunks that were not durable are appended again from the window.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hga_kvd_client import errors
+from hga_kvd_client.attention import ExactAttention, decode_attention
+from hga_kvd_client.bank import Bank
+from hga_kvd_client.connection import Connection, Fetched, Opened
+from hga_kvd_client.geometry import Bytes, Keys
+from hga_kvd_client.keys import check_statuses, extent_keys, record_keys, token_ranges
+from hga_kvd_client.options import Rope, SessionOptions
+from hga_kvd_client.routing import route_all, route_hga
+from hga_kvd_client.stats import SessionStats
+from hga_kvd_client.summaries import Summaries, Turns, mixed_mean
+from hga_kvd_client.window import Window
+
+logger = logging.getLogger("hga_kvd_client")
+Answer = TypeVar("Answer")
+
+# The paper's summaries: per chunk [layers, kv_heads, 1 + groups_per_chunk, head_dim] in the dtype of the K/V.
+SUMMARY_KIND = "hga.v1"
+# Replacements of the daemon that one call survives before it gives up.
+RECOVERIES_MAX = 3
+
+
+class Session:
+    """Made by Client.open. One caller at a time; sessions of one client take turns."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        opened: Opened,
+        rope: Rope,
+        options: SessionOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        geometry = opened.geometry
+        self.name = opened.name
+        self.geometry = geometry
+        self.options = options
+        self.stats = SessionStats()
+        self.tokens = 0
+
+        self._connection = connection
+        self._session_id = opened.session_id
+        self._generation = connection.generation
+        self._durable_chunks = opened.durable_chunk_count
+        self._flushes = bool(opened.name)
+        self._closed = False
+
+        self._device, self._dtype = device, dtype
+        self._chunks = opened.chunk_count  # closed: appended to the daemon
+        self._block = 0  # tokens of the block at hand, 0 between blocks
+        self._next_layer = 0
+        self._step = 0
+        # uint32 of all tokens, block at hand included; None once a block came without ids.
+        self._token_ids: bytearray | None = bytearray()
+        self._noted = b""
+
+        shape = (geometry.layers, geometry.kv_heads)
+        self._window = Window(
+            *shape, geometry.head_dim, geometry.chunk_tokens, options.sink_chunks, options.recent_chunks, dtype, device
+        )
+        self._summaries = Summaries(*shape, geometry.groups_per_chunk, geometry.head_dim, dtype, device)
+        self._banks: list[Bank] = []  # made at the first routed step: prefill needs none
+        self._opened: list[tuple[int, Tensor] | None] = [None] * geometry.layers  # first group, mask
+        self._chunk_turns = Turns.of_block(rope, geometry.chunk_tokens, geometry.chunk_tokens, device)
+        self._group_turns = Turns.of_block(rope, geometry.group_tokens, geometry.chunk_tokens, device)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    # The model's side.
+
+    def note_tokens(self, token_ids: Tensor | npt.NDArray[np.integer]) -> None:
+        """Ids of the next block's tokens, [tokens]; stored with its chunks. Leaving them out once is for good."""
+        ids = token_ids.cpu().numpy() if isinstance(token_ids, Tensor) else token_ids
+        self._noted = ids.reshape(-1).astype("<u4").tobytes()
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """K and V of a block's tokens in one layer: [kv_heads, tokens, head_dim], k after RoPE; copied.
+
+        Raises: InvalidRequest for a layer out of order or another shape; with layer 0 all that storing chunks can
+        raise, and then the block was not taken.
+        """
+        tokens = self._checked_block(layer, k, v)
+        if layer == 0:
+            self._close_full_chunks()
+            self._begin_block(tokens)
+        self._window.write(layer, self.tokens, k, v)
+        self._next_layer = layer + 1
+        if self._next_layer == self.geometry.layers:
+            self._next_layer = self._block = 0
+            self.tokens += tokens
+
+    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """Attention of the tokens just appended to this layer.
+
+        q: [heads, tokens, head_dim] after RoPE, heads a multiple of kv_heads. Returns the same shape and dtype.
+        One token is routed; more are exact and causal. Raises: RecordsDamaged, SessionLost, InvalidRequest.
+        """
+        heads, tokens, dim = q.shape
+        kv_heads = self.geometry.kv_heads
+        if (self._next_layer or self.geometry.layers) - 1 != layer:
+            raise errors.InvalidRequest(f"attend to layer {layer} must follow append to layer {layer}")
+        if heads % kv_heads or dim != self.geometry.head_dim:
+            raise errors.InvalidRequest(
+                f"q is {tuple(q.shape)}; it must be [a multiple of {kv_heads}, tokens, {self.geometry.head_dim}]"
+            )
+        q_grouped = q.reshape(kv_heads, heads // kv_heads, tokens, dim)
+        seen = self.tokens + (tokens if self._next_layer else 0)
+        if tokens == 1:
+            out = self._attend_routed(layer, q_grouped[:, :, 0], scale, seen)
+        else:
+            out = self._attend_exact(layer, q_grouped, scale, seen)
+        return out.reshape(heads, tokens, dim).to(q.dtype)
+
+    def drop_block(self) -> None:
+        """Forgets a block that some layers have and others have not, after a model that failed in between."""
+        self._next_layer = self._block = 0
+        if self._token_ids is not None:
+            del self._token_ids[4 * self.tokens :]
+
+    def opened(self, layer: int) -> Tensor:
+        """What the last routed step opened in this layer: bool [kv_heads, groups], groups of all closed chunks."""
+        groups = self._chunks * self.geometry.groups_per_chunk
+        everything = torch.zeros(self.geometry.kv_heads, groups, dtype=torch.bool, device=self._device)
+        last = self._opened[layer]
+        if last is not None:
+            first, mask = last
+            everything[:, first : first + mask.shape[1]] = mask
+        return everything
+
+    # Storage.
+
+    def flush(self) -> None:
+        """Closes the full chunks and returns when everything closed survives power loss.
+
+        Raises: NotDurable (temporary session, or a daemon without NVMe), WriteFailed, and what append raises.
+        """
+        self._close_full_chunks()
+        if not self.name:
+            raise errors.NotDurable("a temporary session is never durable: open it by a name")
+        self._flush()
+
+    def close(self) -> None:
+        """Ends the session here. A named one is flushed and stays in the daemon; a temporary one is gone.
+
+        May be called twice.
+        """
+        if self._closed:
+            return
+        if self.name:
+            self._close_full_chunks()
+            if self._flushes and self._durable_chunks < self._chunks:
+                self._flush_if_possible()
+        self._call(lambda: self._connection.close(self._session_id))
+        self._closed = True
+
+    def delete(self) -> None:
+        """Removes the session from the daemon, for every client."""
+        self._call(lambda: self._connection.delete(self._session_id))
+        self._closed = True
+
+    def token_ids(self) -> npt.NDArray[np.uint32]:
+        """Ids of the tokens in closed chunks, from the daemon: [tokens], or empty if some were never told."""
+        info = self._call(lambda: self._connection.info(self._session_id))
+        return np.frombuffer(info.token_ids, dtype="<u4").astype(np.uint32)
+
+    def resume(self) -> int:
+        """Takes up a session that the daemon has chunks of: summaries, sinks and recent chunks come back.
+
+        Called by Client.open. Returns the tokens restored, a multiple of chunk_tokens; those after them, less than a
+        chunk, must be run through the model again.
+        """
+        assert self.tokens == 0
+        assert not self._block
+        self._restore_summaries()
+        chunk_tokens = self.geometry.chunk_tokens
+        sinks = min(self.options.sink_chunks, self._chunks)
+        tail = max(sinks, self._chunks - self.options.recent_chunks)
+        self.tokens = self._chunks * chunk_tokens
+        if tail > sinks:
+            self._window.skip_to(tail * chunk_tokens)
+        self._window.reserve(self.tokens, 0)
+        for first, end in ((0, sinks), (tail, self._chunks)):
+            for layer in range(self.geometry.layers):
+                for start, k, v, _ in self._stored_tiles(layer, first, end):
+                    self._window.write(layer, start * chunk_tokens, k, v)
+        ids = self._call(lambda: self._connection.info(self._session_id)).token_ids
+        self._token_ids = bytearray(ids) if len(ids) == 4 * self.tokens else None
+        return self.tokens
+
+    # Sizes.
+
+    def resident_bytes(self) -> int:
+        """Bytes of K/V and of what stands for it in this process now: window, block at hand, bank, summaries."""
+        banks = sum(bank.resident_bytes() for bank in self._banks)
+        return self._window.resident_bytes() + self._summaries.resident_bytes() + banks
+
+    def full_bytes(self) -> int:
+        """What a dense cache of these tokens takes."""
+        geometry = self.geometry
+        return self.tokens * geometry.layers * 2 * geometry.kv_heads * geometry.head_dim * geometry.dtype_bytes
+
+    # A block.
+
+    def _checked_block(self, layer: int, k: Tensor, v: Tensor) -> int:
+        geometry = self.geometry
+        if self._closed:
+            raise errors.InvalidRequest("the session is closed: open it again")
+        if layer != self._next_layer:
+            raise errors.InvalidRequest(
+                f"append to layer {layer}, but layer {self._next_layer} is next in this block; drop_block() forgets it"
+            )
+        tokens = k.shape[1] if k.dim() == 3 else 0
+        if not tokens or k.shape != v.shape or k.shape[0] != geometry.kv_heads or k.shape[2] != geometry.head_dim:
+            raise errors.InvalidRequest(
+                f"k is {tuple(k.shape)} and v {tuple(v.shape)}; both must be [{geometry.kv_heads}, tokens, "
+                f"{geometry.head_dim}] with at least one token"
+            )
+        if k.dtype != self._dtype or v.dtype != self._dtype:
+            raise errors.InvalidRequest(f"k is {k.dtype} and v {v.dtype}; the session stores {self._dtype}")
+        if layer and tokens != self._block:
+            raise errors.InvalidRequest(f"layer {layer} has {tokens} tokens in a block of {self._block}")
+        if not layer and self._noted and len(self._noted) != 4 * tokens:
+            raise errors.InvalidRequest(f"{len(self._noted) // 4} token ids were noted for a block of {tokens} tokens")
+        return tokens
+
+    def _begin_block(self, tokens: int) -> None:
+        self._window.reserve(self.tokens, tokens)
+        self._block = tokens
+        if self._token_ids is not None:
+            if self._noted:
+                self._token_ids += self._noted
+            else:
+                self._token_ids = None
+        self._noted = b""
+        if tokens == 1:
+            self._step += 1
+            self.stats.decode_steps += 1
+        else:
+            self.stats.prefill_tokens += tokens
+
+    # Attention.
+
+    def _attend_routed(self, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
+        """q: [kv_heads, ratio, head_dim]. Returns the same shape, float32."""
+        window_k, window_v = self._window.layer(layer, seen)
+        first, end = self._routable()
+        if end <= first:
+            self._opened[layer] = None
+            return decode_attention(q, window_k, window_v, scale)
+        geometry, bank = self.geometry, self._bank(layer)
+        mask = self._route(layer, q, first, end)
+        first_group = first * geometry.groups_per_chunk
+        plan = bank.plan(mask, first_group, self._step)
+        fetched = None
+        if plan.misses:
+            heads, groups = plan.missing()
+            answer = self._fetch(record_keys(layer, heads.cpu().numpy(), groups.cpu().numpy()))
+            fetched = self._as_tensor(answer.records, (plan.misses, 2, geometry.group_tokens, geometry.head_dim))
+            self.stats.ram_bytes += answer.ram_records * geometry.record_bytes
+            self.stats.nvme_bytes += answer.nvme_records * geometry.record_bytes
+        k, v, valid = bank.take(plan, fetched)
+        self._opened[layer] = (first_group, mask)
+        self.stats.opened_groups += plan.opened
+        self.stats.routable_groups += mask.numel()
+        self.stats.bank_bytes += (plan.opened - plan.misses) * geometry.record_bytes
+        return decode_attention(q, window_k, window_v, scale, k, v, valid)
+
+    def _attend_exact(self, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
+        """q: [kv_heads, ratio, tokens, head_dim]. Returns the same shape, float32."""
+        attention = ExactAttention(q, scale)
+        for _, k, v, answer in self._stored_tiles(layer, *self._routable()):
+            attention.add(k, v)
+            self.stats.prefill_ram_bytes += answer.ram_records * self.geometry.record_bytes
+            self.stats.prefill_nvme_bytes += answer.nvme_records * self.geometry.record_bytes
+        window_k, window_v = self._window.layer(layer, seen)
+        attention.add(window_k, window_v, causal_offset=window_k.shape[1] - q.shape[2])
+        return attention.result()
+
+    def _route(self, layer: int, q: Tensor, first: int, end: int) -> Tensor:
+        """bool [kv_heads, groups of chunks first .. end-1]."""
+        geometry, options = self.geometry, self.options
+        if options.router == "all":
+            return route_all(geometry.kv_heads, (end - first) * geometry.groups_per_chunk, self._device)
+        return route_hga(
+            q,
+            self._summaries.chunks[layer, :, first:end],
+            self._summaries.groups[layer, :, first:end],
+            options.topk_chunks,
+            options.topk_groups,
+        )
+
+    def _routable(self) -> tuple[int, int]:
+        """Chunks that are in the daemon only: first, end."""
+        return self.options.sink_chunks, self._window.tail_first // self.geometry.chunk_tokens
+
+    def _bank(self, layer: int) -> Bank:
+        if not self._banks:
+            geometry = self.geometry
+            self._banks = [
+                Bank(
+                    geometry.kv_heads,
+                    self.options.bank_groups,
+                    geometry.group_tokens,
+                    geometry.head_dim,
+                    self._dtype,
+                    self._device,
+                )
+                for _ in range(geometry.layers)
+            ]
+        return self._banks[layer]
+
+    # Closing chunks.
+
+    def _close_full_chunks(self) -> None:
+        """Appends every full chunk to the daemon, flushes if it is time, lets chunks older than the recent ones go."""
+        geometry = self.geometry
+        full = self.tokens // geometry.chunk_tokens
+        if full > self._chunks:
+            part = max(1, self._connection.append_bytes_max() // geometry.chunk_bytes)
+            while self._chunks < full:
+                end = min(self._chunks + part, full)
+                first = self._chunks
+                self._call(lambda first=first, end=end: self._append_chunks(first, end))  # type: ignore[misc]
+                self._chunks = end
+                self._call(lambda first=first, end=end: self._put_summaries(first, end))  # type: ignore[misc]
+                self.stats.appended_chunks += end - first
+            if self._flushes and self._chunks - self._durable_chunks >= self.options.flush_chunks:
+                self._flush_if_possible()
+        longest = self.tokens + (self._block if self._next_layer else 0)
+        self._window.drop((self._chunks - self.options.recent_chunks) * geometry.chunk_tokens, longest)
+
+    def _append_chunks(self, first: int, end: int) -> None:
+        """Builds the payload of chunks first .. end-1 from the window, and appends it."""
+        started = time.perf_counter()
+        geometry = self.geometry
+        payload = self._connection.append_buffer((end - first) * geometry.chunk_bytes)
+        shape = (
+            end - first,
+            geometry.layers,
+            geometry.kv_heads,
+            geometry.groups_per_chunk,
+            2,
+            geometry.group_tokens,
+            geometry.head_dim,
+        )
+        landing = torch.from_numpy(payload).view(self._dtype).view(shape)
+        # On the CPU extents are built where the daemon reads them; on a GPU beside the model, and then copied once.
+        extents = landing if self._device.type == "cpu" else torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._fill_extents(extents, first, end)
+        summaries = self._summarise(extents[:, :, :, :, 0])
+        if extents is not landing:
+            landing.copy_(extents)
+        ids = b""
+        if self._token_ids is not None:
+            ids = bytes(self._token_ids[4 * first * geometry.chunk_tokens : 4 * end * geometry.chunk_tokens])
+        self._connection.append(self._session_id, first, end - first, payload, ids)
+        self._summaries.put(first, summaries)
+        self.stats.append_s += time.perf_counter() - started
+
+    def _fill_extents(self, extents: Tensor, first: int, end: int) -> None:
+        """extents: [chunks, layers, kv_heads, groups_per_chunk, K and V, group_tokens, head_dim], written."""
+        geometry = self.geometry
+        tokens = self._window.span(first * geometry.chunk_tokens, end * geometry.chunk_tokens)
+        # [layers, K and V, kv_heads, chunks, groups, group_tokens, head_dim]
+        blocks = (end - first, geometry.groups_per_chunk, geometry.group_tokens)
+        apart = tokens.view(*tokens.shape[:3], *blocks, geometry.head_dim)
+        extents.copy_(apart.permute(3, 0, 2, 4, 1, 5, 6))
+
+    def _summarise(self, keys: Tensor) -> Tensor:
+        """keys: [chunks, layers, kv_heads, groups_per_chunk, group_tokens, head_dim].
+
+        Returns [chunks, layers, kv_heads, 1 + groups_per_chunk, head_dim].
+        """
+        groups = mixed_mean(keys, self._group_turns)
+        chunk = mixed_mean(keys.flatten(3, 4), self._chunk_turns)
+        return torch.cat((chunk.unsqueeze(3), groups), 3).to(self._dtype)
+
+    def _put_summaries(self, first: int, end: int) -> None:
+        payload = self._summaries.packed(first, end).cpu().view(torch.uint8).numpy().tobytes()
+        try:
+            self._connection.put_summaries(self._session_id, SUMMARY_KIND, first, end - first, payload)
+        except errors.LimitExceeded as error:
+            # They are in memory here; only a later resume has to compute them again.
+            logger.warning("summaries of chunks %d to %d are not stored: %s", first, end - 1, error)
+
+    def _flush(self) -> None:
+        self._durable_chunks = self._call(self._flush_everything)
+        self.stats.flushes += 1
+
+    def _flush_everything(self) -> int:
+        durable = self._connection.flush(self._session_id)
+        if durable < self._chunks:
+            # A daemon replaced between two calls may have forgotten chunks that no call has missed yet.
+            raise errors.SessionNotFound(f"the daemon holds {durable} of the {self._chunks} chunks appended to it")
+        return durable
+
+    def _flush_if_possible(self) -> None:
+        try:
+            self._flush()
+        except errors.NotDurable as error:
+            self._flushes = False
+            logger.warning("session %r will not survive a restart of the daemon: %s", self.name, error)
+
+    # Stored K/V.
+
+    def _stored_tiles(self, layer: int, first: int, end: int) -> Iterator[tuple[int, Tensor, Tensor, Fetched]]:
+        """K and V of chunks first .. end-1 in tiles: (first chunk, k, v [kv_heads, tile_tokens, head_dim], the fetch).
+
+        Whole extents are read, in storage order. A tile is a copy.
+        """
+        geometry = self.geometry
+        for start in range(first, end, self.options.prefill_tile_chunks):
+            chunks = min(self.options.prefill_tile_chunks, end - start)
+            answer = self._fetch(extent_keys(geometry, layer, start, chunks))
+            shape = (chunks, geometry.kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens, geometry.head_dim)
+            tile = self._as_tensor(answer.records, shape).permute(3, 1, 0, 2, 4, 5)
+            k, v = tile.reshape(2, geometry.kv_heads, chunks * geometry.chunk_tokens, geometry.head_dim).unbind(0)
+            yield start, k.to(self._device), v.to(self._device), answer
+
+    def _fetch(self, keys: Keys) -> Fetched:
+        started = time.perf_counter()
+        answer = self._call(lambda: self._connection.fetch(self._session_id, keys))
+        self.stats.fetch_s += time.perf_counter() - started
+        self.stats.fetches += 1
+        check_statuses(answer.statuses, keys, self.geometry.group_tokens)
+        return answer
+
+    def _as_tensor(self, records: Bytes, shape: tuple[int, ...]) -> Tensor:
+        """A view of fetched bytes, in this process's memory; gone with the next fetch."""
+        return torch.from_numpy(records.reshape(-1)).view(self._dtype).view(shape)
+
+    def _restore_summaries(self) -> None:
+        geometry = self.geometry
+        shape = (geometry.layers, geometry.kv_heads, 1 + geometry.groups_per_chunk, geometry.head_dim)
+        while self._summaries.count < self._chunks:
+            first = self._summaries.count
+            try:
+                count, payload = self._call(
+                    lambda first=first: self._connection.get_summaries(  # type: ignore[misc]
+                        self._session_id, SUMMARY_KIND, first, self._chunks - first
+                    )
+                )
+            except errors.SummariesNotFound as error:
+                logger.warning("summaries are computed again from stored keys (slow): %s", error)
+                self._recompute_summaries(first, min(first + self.options.prefill_tile_chunks, self._chunks))
+                continue
+            packed = torch.frombuffer(bytearray(payload), dtype=self._dtype).view(count, *shape)
+            self._summaries.put(first, packed.to(self._device))
+
+    def _recompute_summaries(self, first: int, end: int) -> None:
+        geometry = self.geometry
+        layers = []
+        for layer in range(geometry.layers):
+            for _, k, _, _ in self._stored_tiles(layer, first, end):
+                apart = k.view(geometry.kv_heads, end - first, geometry.groups_per_chunk, geometry.group_tokens, -1)
+                layers.append(self._summarise(apart.transpose(0, 1).unsqueeze(1)))
+        self._summaries.put(first, torch.cat(layers, 1))
+        self._call(lambda: self._put_summaries(first, end))
+
+    # A daemon that was replaced.
+
+    def _call(self, call: Callable[[], Answer]) -> Answer:
+        """Makes a call; if the daemon was replaced, finds or makes the session there first. Raises: SessionLost."""
+        for _ in range(RECOVERIES_MAX):
+            if self._generation != self._connection.generation:
+                self._recover()
+            try:
+                return call()
+            except (errors.SessionNotFound, errors.KeyOutOfRange, errors.AppendOutOfOrder):
+                # What a daemon says that forgot something; or our own caller's mistake.
+                if self._generation == self._connection.generation and not self._connection.notice_replacement():
+                    raise
+        raise errors.Unavailable(f"the daemon was replaced {RECOVERIES_MAX} times during one call: look at its log")
+
+    def _recover(self) -> None:
+        # Kept only at the end: if this is cut short, or the daemon is replaced again, the next call comes back here.
+        generation = self._connection.generation
+        if not self.name:
+            raise errors.SessionLost("", [(0, self.tokens)])
+        opened = self._connection.open(self.name, self.geometry)
+        self._session_id = opened.session_id
+        # Chunks may be durable whose summaries are not: no flush of ours returned since they were put.
+        unsure = self._durable_chunks
+        self._durable_chunks = opened.durable_chunk_count
+        lost = [c for c in range(opened.chunk_count, self._chunks) if not self._holds(c)]
+        if lost:
+            raise errors.SessionLost(self.name, token_ranges(lost, self.geometry.chunk_tokens))
+        logger.warning(
+            "session %r found again with %d of %d chunks; the others are appended again",
+            self.name,
+            opened.chunk_count,
+            self._chunks,
+        )
+        for chunk in range(opened.chunk_count, self._chunks):
+            self._append_chunks(chunk, chunk + 1)
+        unsure = min(unsure, opened.chunk_count)
+        if unsure < self._chunks:
+            self._put_summaries(unsure, self._chunks)
+        self.stats.recoveries += 1
+        self._generation = generation
+
+    def _holds(self, chunk: int) -> bool:
+        return self._window.holds(chunk * self.geometry.chunk_tokens, (chunk + 1) * self.geometry.chunk_tokens)

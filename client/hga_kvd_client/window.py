@@ -1,0 +1,101 @@
+"""The window: K/V of the tokens that are always attended, sinks first, then the tail. Plain tensors, no routing, no
+I/O.
+
+One buffer for all layers, [layers, K and V, kv_heads, capacity, head_dim], holds [sinks | tail] without a gap, so a
+layer's window is one slice and attention needs no copy of it. The tail is the recent closed chunks and everything
+after them; it starts right behind the sinks until the first chunk leaves. The window knows places, not how many
+tokens a layer has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Window:
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        chunk_tokens: int,
+        sink_chunks: int,
+        recent_chunks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._sink_tokens = sink_chunks * chunk_tokens
+        # What decoding needs: recent chunks, the open chunk, and a full one that waits to be closed.
+        self._decode_capacity = self._sink_tokens + (recent_chunks + 2) * chunk_tokens
+        self._gap_tokens = 0  # tokens between the sinks and the tail
+        self._buffer = torch.zeros(layers, 2, kv_heads, 0, head_dim, dtype=dtype, device=device)
+
+    @property
+    def tail_first(self) -> int:
+        """First token of the tail: a multiple of chunk_tokens, at least the number of sink tokens."""
+        return self._sink_tokens + self._gap_tokens
+
+    def place(self, token: int) -> int:
+        """Where a token of the session is in the buffer; it must be a sink or in the tail."""
+        if token < self._sink_tokens:
+            return token
+        assert token >= self.tail_first, "the token has left the window"
+        return token - self._gap_tokens
+
+    def holds(self, first: int, end: int) -> bool:
+        """Whether tokens first .. end-1, once written, are all in the window."""
+        return end <= self._sink_tokens or first >= self.tail_first or self._gap_tokens == 0
+
+    def reserve(self, tokens: int, more: int) -> None:
+        """Makes room for tokens .. tokens + more - 1. What a long block takes, the next short one gives back."""
+        used = self.place(tokens)
+        needed = max(used + more, self._decode_capacity)
+        capacity = self._buffer.shape[3]
+        if capacity == needed or capacity > needed > self._decode_capacity:
+            return
+        shape = list(self._buffer.shape)
+        shape[3] = needed
+        buffer = self._buffer.new_empty(shape)
+        kept = min(used, capacity)
+        buffer[..., :kept, :] = self._buffer[..., :kept, :]
+        self._buffer = buffer
+
+    def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
+        """k, v: [kv_heads, tokens, head_dim] of tokens first, first + 1, ...; copied. Room must be reserved."""
+        start = self.place(first)
+        end = start + k.shape[1]
+        self._buffer[layer, 0, :, start:end] = k
+        self._buffer[layer, 1, :, start:end] = v
+
+    def layer(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer that has `tokens` tokens, each [kv_heads, window_tokens, head_dim]: views."""
+        end = self.place(tokens)
+        return self._buffer[layer, 0, :, :end], self._buffer[layer, 1, :, :end]
+
+    def span(self, first: int, end: int) -> Tensor:
+        """All layers of tokens first .. end-1, which must lie in one piece; [layers, 2, kv_heads, tokens, dim]."""
+        assert self.holds(first, end)
+        start = self.place(first)
+        return self._buffer[..., start : start + end - first, :]
+
+    def skip_to(self, tail_first: int) -> None:
+        """Starts the tail of an empty window at token tail_first: what lies between it and the sinks is elsewhere."""
+        assert self._buffer.shape[3] == 0
+        self._gap_tokens = tail_first - self._sink_tokens
+
+    def drop(self, tail_first: int, tokens: int) -> None:
+        """Forgets the tail before token tail_first; `tokens` is how many tokens the longest layer has."""
+        tail_first = max(tail_first, self._sink_tokens)
+        shift = tail_first - self.tail_first
+        if shift <= 0:
+            return
+        start, end = self._sink_tokens, self.place(tokens)
+        kept = self._buffer[..., start + shift : end, :]
+        # Ranges that overlap must not be copied onto themselves.
+        self._buffer[..., start : end - shift, :] = kept.clone() if shift < end - start - shift else kept
+        self._gap_tokens += shift
+
+    def resident_bytes(self) -> int:
+        return self._buffer.nbytes

@@ -1,0 +1,393 @@
+"""The byte format of docs/format.md, version 1. Pure: bytes in, values out, and back.
+
+Every length field is bounded before it is used, and nothing is believed before its checksum: whatever the bytes are,
+decoding returns a value or raises BadBytes (NewerFormat for a newer version) and allocates no more than it was given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hga_kvd.checksum import checksum
+from hga_kvd.errors import InvalidRequest
+from hga_kvd.geometry import CHUNK_TOKENS_MAX, KV_HEADS_MAX, LAYERS_MAX, Geometry
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 4096
+MANIFEST_NAME = "MANIFEST"
+
+CHUNKS = 1
+SUMMARIES = 2
+
+# A table is 0.1 % of its body for real models; 64 MiB is a chunk of 512 layers with 16 K records a layer.
+TABLE_BYTES_MAX = 64 << 20
+# 65,536 sessions of about 400 bytes.
+MANIFEST_TEXT_BYTES_MAX = 64 << 20
+KIND_BYTES_MAX = 64
+TOKENS_KNOWN = 1
+
+_SEGMENT = struct.Struct("<8sIIQQ")
+_FRAME = struct.Struct("<4sHHQQQQQQIIQ16sQ")
+_CHUNKS = struct.Struct("<IIII")
+_MANIFEST = struct.Struct("<8sIIQ")
+_SEGMENT_MAGIC, _FRAME_MAGIC, _MANIFEST_MAGIC = b"HGAKVSEG", b"KVFR", b"HGAKVMAN"
+_FRAME_CHECKED_BYTES = _FRAME.size - 8
+FRAME_HEAD_BYTES = _FRAME.size
+
+
+class BadBytes(Exception):  # noqa: N818
+    """Bytes that are not what the format says, with the first reason found."""
+
+
+class NewerFormat(BadBytes):
+    """A version that this program does not know."""
+
+
+def round_up(value: int, multiple: int = BLOCK_BYTES) -> int:
+    return -(-value // multiple) * multiple
+
+
+def segment_name(segment_id: int) -> str:
+    return f"segment-{segment_id:08d}.kvs"
+
+
+def segment_id_of(name: str) -> int | None:
+    """None when the name is not one that segment_name makes."""
+    match = re.fullmatch(r"segment-(\d{8,18})\.kvs", name, re.ASCII)
+    return int(match[1]) if match and segment_name(int(match[1])) == name else None
+
+
+# --- segment header ---
+
+
+def encode_segment_header(segment_id: int, segment_bytes: int) -> bytes:
+    head = _SEGMENT.pack(_SEGMENT_MAGIC, FORMAT_VERSION, 0, segment_id, segment_bytes).ljust(BLOCK_BYTES - 8, b"\0")
+    return head + struct.pack("<Q", checksum(head))
+
+
+def decode_segment_header(block: bytes) -> tuple[int, int]:
+    """(segment id, bytes of the file)."""
+    if len(block) < BLOCK_BYTES:
+        raise BadBytes(f"a segment header is {BLOCK_BYTES} bytes, this is {len(block)}")
+    magic, version, _, segment_id, segment_bytes = _SEGMENT.unpack_from(block)
+    if magic != _SEGMENT_MAGIC:
+        raise BadBytes(f"segment magic is {magic!r}")
+    if struct.unpack_from("<Q", block, BLOCK_BYTES - 8)[0] != checksum(block[: BLOCK_BYTES - 8]):
+        raise BadBytes("the segment header's checksum does not match")
+    if version != FORMAT_VERSION:
+        raise NewerFormat(f"segment format {version}; this program knows {FORMAT_VERSION}")
+    return segment_id, segment_bytes
+
+
+# --- frames ---
+
+
+@dataclass(frozen=True)
+class FrameHeader:
+    kind: int
+    segment_id: int
+    offset: int
+    sequence: int
+    durable_bytes: int
+    session_id: int
+    first_chunk: int
+    chunk_count: int
+    table_bytes: int
+    body_bytes: int
+
+    @property
+    def head_bytes(self) -> int:
+        """Header and table, up to the body."""
+        return round_up(FRAME_HEAD_BYTES + self.table_bytes)
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.head_bytes + self.body_bytes
+
+    @property
+    def body_offset(self) -> int:
+        return self.offset + self.head_bytes
+
+
+def encode_frame_head(header: FrameHeader, table: bytes) -> bytes:
+    """Header and table, padded to a block; the body follows."""
+    assert header.table_bytes == len(table)
+    assert header.body_bytes % BLOCK_BYTES == 0
+    h = header
+    # fmt: off
+    head = _FRAME.pack(
+        _FRAME_MAGIC, h.kind, 0, h.segment_id, h.offset, h.sequence, h.durable_bytes, h.session_id, h.first_chunk,
+        h.chunk_count, h.table_bytes, h.body_bytes, bytes(16), 0,
+    )[:_FRAME_CHECKED_BYTES]
+    # fmt: on
+    return (head + struct.pack("<Q", checksum(head + table)) + table).ljust(header.head_bytes, b"\0")
+
+
+def decode_frame_header(block: bytes, segment_id: int, offset: int, segment_bytes: int) -> FrameHeader:
+    """The header at this place, lengths bounded but its checksum not yet compared: see decode_table."""
+    if len(block) < FRAME_HEAD_BYTES:
+        raise BadBytes("shorter than a frame header")
+    magic, kind, zero, *numbers, zeros, _ = _FRAME.unpack_from(block)
+    if magic != _FRAME_MAGIC or zero or any(zeros):
+        raise BadBytes("no frame starts here")
+    header = FrameHeader(kind, *numbers)
+    if (header.segment_id, header.offset) != (segment_id, offset):
+        raise BadBytes(f"a frame of segment {header.segment_id}, offset {header.offset}, at the wrong place")
+    if header.table_bytes > TABLE_BYTES_MAX or header.body_bytes % BLOCK_BYTES or header.chunk_count < 1:
+        raise BadBytes("a frame with impossible sizes")
+    if offset + header.frame_bytes > segment_bytes:
+        raise BadBytes(f"a frame of {header.frame_bytes} bytes goes past the end of its segment")
+    return header
+
+
+def check_frame(header: FrameHeader, head: bytes) -> bytes:
+    """The table out of header and table bytes, after comparing the checksum. Raises BadBytes."""
+    table = head[FRAME_HEAD_BYTES : FRAME_HEAD_BYTES + header.table_bytes]
+    if len(table) != header.table_bytes:
+        raise BadBytes("shorter than its table")
+    expected = struct.unpack_from("<Q", head, _FRAME_CHECKED_BYTES)[0]
+    if checksum(head[:_FRAME_CHECKED_BYTES] + table) != expected:
+        raise BadBytes("the frame's checksum does not match")
+    return table
+
+
+@dataclass(frozen=True)
+class ChunkFrame:
+    """Table of a frame of chunks. checksums: u64 [chunks, layers, records]; token_ids: u32 [chunks, tokens]."""
+
+    header: FrameHeader
+    record_bytes: int
+    uids: npt.NDArray[np.uint64]
+    checksums: npt.NDArray[np.uint64]
+    tokens_known: npt.NDArray[np.bool_]
+    token_ids: npt.NDArray[np.uint32]
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one extent to the next."""
+        return round_up(int(self.checksums.shape[2]) * self.record_bytes)
+
+    @property
+    def chunk_stride(self) -> int:
+        return int(self.checksums.shape[1]) * self.stride
+
+
+@dataclass(frozen=True)
+class SummaryFrame:
+    """Table of a frame of summaries. checksums: u64 [chunks]."""
+
+    header: FrameHeader
+    kind: str
+    bytes_per_chunk: int
+    checksums: npt.NDArray[np.uint64]
+
+
+Frame = ChunkFrame | SummaryFrame
+
+
+def chunk_table_bytes(geometry: Geometry, chunk_count: int) -> int:
+    per_chunk = 8 + 8 * geometry.layers * geometry.records_per_extent + 4 + 4 * geometry.chunk_tokens
+    return _CHUNKS.size + chunk_count * per_chunk
+
+
+def encode_chunk_table(
+    record_bytes: int,
+    uids: npt.NDArray[np.uint64],
+    checksums: npt.NDArray[np.uint64],
+    tokens_known: npt.NDArray[np.bool_],
+    token_ids: npt.NDArray[np.uint32],
+) -> bytes:
+    _, layers, records = checksums.shape
+    return b"".join(
+        (
+            _CHUNKS.pack(layers, records, record_bytes, token_ids.shape[1]),
+            uids.astype("<u8").tobytes(),
+            checksums.astype("<u8").tobytes(),
+            (tokens_known * TOKENS_KNOWN).astype("<u4").tobytes(),
+            token_ids.astype("<u4").tobytes(),
+        )
+    )
+
+
+def encode_summary_table(kind: str, bytes_per_chunk: int, checksums: npt.NDArray[np.uint64]) -> bytes:
+    text = kind.encode()
+    assert len(text) <= KIND_BYTES_MAX
+    return struct.pack("<Q", bytes_per_chunk) + checksums.astype("<u8").tobytes() + struct.pack("<H", len(text)) + text
+
+
+def decode_table(header: FrameHeader, table: bytes) -> Frame:
+    """The table of a frame whose checksum matched. Raises BadBytes when its sizes do not fit one another."""
+    if header.kind == CHUNKS:
+        return _decode_chunk_table(header, table)
+    if header.kind == SUMMARIES:
+        return _decode_summary_table(header, table)
+    raise NewerFormat(f"frame kind {header.kind}; this program knows {CHUNKS} and {SUMMARIES}")
+
+
+def _decode_chunk_table(header: FrameHeader, table: bytes) -> ChunkFrame:
+    if len(table) < _CHUNKS.size:
+        raise BadBytes("a chunk table shorter than its sizes")
+    layers, records, record_bytes, tokens = _CHUNKS.unpack_from(table)
+    count = header.chunk_count
+    if not (1 <= layers <= LAYERS_MAX and 1 <= records <= KV_HEADS_MAX * CHUNK_TOKENS_MAX and record_bytes >= 1):
+        raise BadBytes("a chunk table with impossible sizes")
+    lengths = (8 * count, 8 * count * layers * records, 4 * count, 4 * count * tokens)
+    if len(table) != _CHUNKS.size + sum(lengths) or tokens > CHUNK_TOKENS_MAX:
+        raise BadBytes("a chunk table whose size does not fit its fields")
+    if header.body_bytes != count * layers * round_up(records * record_bytes):
+        raise BadBytes("a chunk table that does not fit its body")
+    at = np.cumsum((_CHUNKS.size, *lengths))
+    parts = [table[start:end] for start, end in pairwise(at.tolist())]
+    return ChunkFrame(
+        header,
+        record_bytes,
+        np.frombuffer(parts[0], "<u8"),
+        np.frombuffer(parts[1], "<u8").reshape(count, layers, records),
+        (np.frombuffer(parts[2], "<u4") & TOKENS_KNOWN).astype(bool),
+        np.frombuffer(parts[3], "<u4").reshape(count, tokens),
+    )
+
+
+def _decode_summary_table(header: FrameHeader, table: bytes) -> SummaryFrame:
+    count = header.chunk_count
+    kind_at = 8 + 8 * count + 2
+    if len(table) < kind_at or len(table) != kind_at + struct.unpack_from("<H", table, kind_at - 2)[0]:
+        raise BadBytes("a summary table whose size does not fit its fields")
+    bytes_per_chunk = struct.unpack_from("<Q", table)[0]
+    if bytes_per_chunk < 1 or header.body_bytes != round_up(count * bytes_per_chunk):
+        raise BadBytes("a summary table that does not fit its body")
+    try:
+        kind = table[kind_at:].decode()
+    except UnicodeDecodeError:
+        raise BadBytes("a summary kind that is not UTF-8") from None
+    return SummaryFrame(header, kind, bytes_per_chunk, np.frombuffer(table[8 : kind_at - 2], "<u8"))
+
+
+# --- manifest ---
+
+SegmentState = Literal["open", "sealed", "poisoned"]
+
+
+@dataclass(frozen=True)
+class SessionEntry:
+    session_id: int
+    name: str
+    geometry: Geometry
+    chunk_count: int
+
+
+@dataclass(frozen=True)
+class SegmentEntry:
+    segment_id: int
+    state: SegmentState
+    used_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    clean: bool
+    next_session_id: int
+    next_chunk_uid: int
+    next_segment_id: int
+    sessions: tuple[SessionEntry, ...]
+    segments: tuple[SegmentEntry, ...]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    geometries: dict[Geometry, int] = {}
+    sessions = [
+        {
+            "id": s.session_id,
+            "name": s.name,
+            "geometry": geometries.setdefault(s.geometry, len(geometries)),
+            "chunk_count": s.chunk_count,
+        }
+        for s in manifest.sessions
+    ]
+    fields = {
+        "clean": manifest.clean,
+        "next_session_id": manifest.next_session_id,
+        "next_chunk_uid": manifest.next_chunk_uid,
+        "next_segment_id": manifest.next_segment_id,
+        "geometries": [asdict(g) for g in geometries],
+        "sessions": sessions,
+        "segments": [{"id": s.segment_id, "state": s.state, "used_bytes": s.used_bytes} for s in manifest.segments],
+    }
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    head = struct.pack("<8sII", _MANIFEST_MAGIC, FORMAT_VERSION, len(text))
+    return head + struct.pack("<Q", checksum(head + text)) + text
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """Raises NewerFormat, or BadBytes with what is wrong."""
+    if len(content) < _MANIFEST.size:
+        raise BadBytes(f"it has {len(content)} bytes, fewer than its header")
+    magic, version, text_bytes, expected = _MANIFEST.unpack_from(content)
+    if magic != _MANIFEST_MAGIC:
+        raise BadBytes(f"its magic is {magic!r}")
+    if version > FORMAT_VERSION:
+        raise NewerFormat(f"it has format version {version}; this program knows {FORMAT_VERSION}")
+    text = content[_MANIFEST.size :]
+    if text_bytes != len(text) or text_bytes > MANIFEST_TEXT_BYTES_MAX:
+        raise BadBytes(f"it has {len(text)} bytes of text where its header says {text_bytes}")
+    if version != FORMAT_VERSION or checksum(content[:16] + text) != expected:
+        raise BadBytes("its checksum does not match")
+    try:
+        return _manifest_of(json.loads(text))
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, InvalidRequest) as error:
+        raise BadBytes(f"its text is not a manifest: {error!r}") from None
+
+
+def _manifest_of(fields: dict[str, Any]) -> Manifest:
+    geometries = [_geometry_of(g) for g in fields["geometries"]]
+    sessions = tuple(
+        SessionEntry(_count(s["id"]), _text(s["name"]), geometries[_count(s["geometry"])], _count(s["chunk_count"]))
+        for s in fields["sessions"]
+    )
+    segments = tuple(
+        SegmentEntry(_count(s["id"]), _state(s["state"]), _count(s["used_bytes"])) for s in fields["segments"]
+    )
+    if len({s.session_id for s in sessions}) != len(sessions) or len({s.name for s in sessions}) != len(sessions):
+        raise ValueError("two sessions share an id or a name")
+    if len({s.segment_id for s in segments}) != len(segments):
+        raise ValueError("two segments share an id")
+    if not isinstance(fields["clean"], bool):
+        raise TypeError("clean is not true or false")
+    next_ids = [_count(fields[f"next_{name}_id"]) for name in ("session", "segment")]
+    return Manifest(fields["clean"], next_ids[0], _count(fields["next_chunk_uid"]), next_ids[1], sessions, segments)
+
+
+def _geometry_of(fields: dict[str, Any]) -> Geometry:
+    for name in ("layers", "kv_heads", "head_dim", "chunk_tokens", "group_tokens"):
+        _count(fields[name])
+    for name in ("dtype", "rope", "model_fingerprint"):
+        _text(fields[name])
+    return Geometry(**fields)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _state(value: object) -> SegmentState:
+    states: tuple[SegmentState, ...] = ("open", "sealed", "poisoned")
+    for state in states:
+        if value == state:
+            return state
+    raise ValueError(f"{value!r} is not a segment state")

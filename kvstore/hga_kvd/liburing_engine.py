@@ -1,0 +1,81 @@
+"""The second io_uring engine, on the PyPI `liburing` binding: the cross-check of `uring.py` in tests, and a spare.
+
+Simple on purpose: one ring, one call at a time. The binding keeps the interpreter lock while it waits, so callers could
+not overlap anyhow, and every other thread of the process stands still meanwhile (DESIGN section 4).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import threading
+
+import liburing
+import numpy as np
+
+from hga_kvd.disk import I32, I64, U64
+from hga_kvd.io_engine import Callers, EngineUnavailable
+
+
+class LiburingEngine:
+    name = "liburing"
+
+    def __init__(self, queue_depth: int) -> None:
+        self._queue_depth = queue_depth
+        self._callers = Callers()
+        self._lock = threading.Lock()
+        self._ring = liburing.Ring()
+        self._cqe = liburing.Cqe()
+        try:
+            liburing.io_uring_queue_init(queue_depth, self._ring)
+        except OSError as error:
+            raise EngineUnavailable(f"liburing: {error.strerror}", error.errno or 0) from error
+
+    def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
+        results = np.zeros(len(fds), np.int64)
+        rows = list(zip(fds.tolist(), addresses.tolist(), lengths.tolist(), offsets.tolist(), strict=True))
+        vectors: dict[int, object] = {}  # by row; the kernel reads an entry's vector when it is submitted
+        with self._callers, self._lock:
+            queued = 0
+            try:
+                while queued < len(rows) or vectors:
+                    while queued < len(rows) and len(vectors) < self._queue_depth:
+                        vectors[queued] = self._queue(write, queued, rows[queued])
+                        queued += 1
+                    self._complete(results, vectors)
+            except BaseException:
+                while vectors:
+                    self._complete(results, vectors)
+                raise
+        return results
+
+    def shutdown(self) -> None:
+        self._callers.close()
+        liburing.io_uring_queue_exit(self._ring)
+
+    def _queue(self, write: bool, row: int, transfer: tuple[int, int, int, int]) -> object:
+        fd, address, length, offset = transfer
+        vector = liburing.Iovec([memoryview((ctypes.c_ubyte * length).from_address(address))])
+        entry = liburing.io_uring_get_sqe(self._ring)
+        prepare = liburing.io_uring_prep_writev if write else liburing.io_uring_prep_readv
+        prepare(entry, fd, vector, offset)
+        entry.user_data = row
+        return vector
+
+    def _complete(self, results: I64, vectors: dict[int, object]) -> None:
+        """Submits what is queued, waits for at least one completion, and books all that are there."""
+        try:
+            liburing.io_uring_submit_and_wait(self._ring, 1)
+        except OSError as error:
+            if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
+                raise
+        ready = 0
+        for _ in liburing.CqeIter(self._ring, self._cqe):  # points cqe[0] at one completion after the other
+            entry = self._cqe[0]
+            try:
+                results[entry.user_data] = entry.res
+            except OSError as error:  # how the binding says a negative result
+                results[entry.user_data] = -(error.errno or errno.EIO)
+            vectors.pop(entry.user_data, None)
+            ready += 1
+        liburing.io_uring_cq_advance(self._ring, ready)

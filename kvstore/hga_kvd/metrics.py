@@ -1,0 +1,86 @@
+"""Metrics for Prometheus. Counters are read from the engine at each scrape; only latencies are collected here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from hga_kvd import __version__
+from hga_kvd.errors import StartRefused
+
+if TYPE_CHECKING:
+    from hga_kvd.engine import EngineStats
+
+# A RAM hit takes tens of microseconds, a large read from a busy disk tens of milliseconds.
+FETCH_BUCKETS_S = (*(base * 10**exponent for exponent in range(-5, 0) for base in (1, 2, 5)), 1.0, 5.0)
+
+_GAUGES = {
+    "sessions": "Sessions open or stored",
+    "ram_bytes_max": "Size of the RAM arena",
+    "ram_bytes_used": "Arena slots in use",
+    "ram_bytes_dirty": "Acknowledged, not yet written to NVMe",
+    "nvme_bytes_max": "Bytes that segments may take",
+    "nvme_bytes_used": "Bytes taken by segments",
+}
+_COUNTERS = {
+    "fetches": "Fetch calls",
+    "fetched_ram_records": "Records served from the arena",
+    "fetched_nvme_records": "Records read from NVMe",
+    "fetched_ram_bytes": "Bytes served from the arena",
+    "fetched_nvme_bytes": "Bytes of records read from NVMe",
+    "appended_bytes": "K/V bytes acknowledged",
+    "written_bytes": "Bytes written to NVMe, tables and padding included",
+    "flushes": "Flush calls",
+    "damaged_records": "Records found damaged",
+    "evicted_extents": "Extents evicted from the arena",
+}
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats], attached_clients: Callable[[], int]) -> None:
+        self._stats = stats
+        self._attached_clients = attached_clients
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(f"hga_kvd_{name}", text, value=getattr(stats, name))
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"hga_kvd_{name}", text, value=getattr(stats, name))
+        yield GaugeMetricFamily(
+            "hga_kvd_attached_clients", "Clients with shared memory", value=self._attached_clients()
+        )
+        yield InfoMetricFamily("hga_kvd", "The daemon", value={"version": __version__, "io_engine": stats.io_engine})
+
+
+class Metrics:
+    """The registry behind one HTTP address."""
+
+    def __init__(self, stats: Callable[[], EngineStats], attached_clients: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(stats, attached_clients))
+        self.fetch_seconds = Histogram(
+            "hga_kvd_fetch_seconds",
+            "Time of a Fetch in the daemon, without the transport",
+            buckets=FETCH_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    def serve(self, address: str) -> Callable[[], None]:
+        """Answers HTTP on HOST:PORT from a thread of its own; returns what ends it. Raises StartRefused."""
+        host, _, port = address.rpartition(":")
+        try:
+            server, thread = start_http_server(int(port), host.strip("[]"), self.registry)
+        except OSError as error:
+            raise StartRefused(f"cannot serve metrics on {address}: {error.strerror or error}") from error
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop

@@ -1,0 +1,207 @@
+"""What is where in RAM: sessions, chunk tables, arena slots, and the policy that empties slots. No I/O.
+
+One lock guards everything here. It is held for bookkeeping only, never during a copy, a checksum or I/O: a call pins
+the slots it needs, lets go of the lock, works, takes it again and unpins. Methods are called with the lock held.
+
+A slot is free; or dirty (acknowledged, not yet synced to disk: stays whatever happens); or clean (disk has it too) and
+then known to its policy, which may give it away while it is not pinned.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hga_kvd.arena import EMPTY, FILLING, PAGE_BYTES, Arena, SlotClass
+from hga_kvd.errors import KeyOutOfRange, SessionNotFound
+from hga_kvd.eviction import S3Fifo
+from hga_kvd.geometry import Geometry, Keys
+from hga_kvd.index import ChunkTable, Session
+from hga_kvd.memory import address_of, aligned_buffer
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """What sessions of one geometry share. Slots and policy are shared by all geometries with equal extents."""
+
+    number: int
+    geometry: Geometry
+    table: ChunkTable
+    slots: SlotClass
+    policy: S3Fifo
+
+
+class Residency:
+    def __init__(self, ram_bytes: int) -> None:
+        """Takes ram_bytes of memory, rounded down to pages, at least one page."""
+        self.lock = threading.Lock()
+        self.arena = Arena(aligned_buffer(max(1, ram_bytes // PAGE_BYTES) * PAGE_BYTES, huge=True))
+        self.address = address_of(self.arena.region)
+        self.memory = self.arena.region.data
+        self.sessions: dict[int, Session] = {}
+        self.by_name: dict[str, Session] = {}
+        self.pools: list[Pool] = []
+        self.evicted_extents = 0
+        self.summary_bytes = 0  # summaries that only RAM has
+        self.next_session_id = 1
+        self.next_chunk_uid = 1
+        self._pool_of: dict[Geometry, Pool] = {}
+        self._policies: dict[SlotClass, S3Fifo] = {}
+
+    def pool_for(self, geometry: Geometry) -> Pool:
+        pool = self._pool_of.get(geometry)
+        if pool is None:
+            slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
+            policy = self._policies.setdefault(slots, S3Fifo(slots.slot_count))
+            pool = Pool(len(self.pools), geometry, ChunkTable(geometry), slots, policy)
+            self.pools.append(pool)
+            self._pool_of[geometry] = pool
+        return pool
+
+    def chunks_max(self, geometry: Geometry) -> int:
+        """Chunks of this geometry that fit in the arena when it holds nothing else."""
+        slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
+        return self.arena.slots_max(slots) // geometry.layers
+
+    # --- sessions ---
+
+    def session(self, session_id: int) -> Session:
+        session = self.sessions.get(session_id)
+        if session is None:
+            raise SessionNotFound(
+                f"session {session_id} does not exist: it was never opened, was deleted, or was temporary and its "
+                "owner or the daemon went away; open it again"
+            )
+        return session
+
+    def add_session(self, session: Session) -> None:
+        self.sessions[session.session_id] = session
+        if session.name:
+            self.by_name[session.name] = session
+
+    def remove_session(self, session: Session) -> None:
+        """Its slots and rows become free; calls in flight keep what they pinned. Places on disk are the caller's."""
+        session.deleted = True
+        del self.sessions[session.session_id]
+        if session.name:
+            del self.by_name[session.name]
+        pool = self.pools[session.pool]
+        rows = session.rows[: session.chunk_count]
+        slots = pool.table.slot[rows].reshape(-1)
+        slots = slots[slots != 0]
+        pool.policy.forget(slots.tolist())
+        pool.slots.free(slots)
+        pool.table.remove(rows)
+        self.summary_bytes -= sum(len(b) for s in session.summaries.values() for b in s.in_ram.values())
+
+    # --- slots ---
+
+    def make_room(self, pool: Pool, count: int) -> int:
+        """Evicts until `count` slots are free or nothing more can go. Returns how many are free, at most count."""
+        slots = pool.slots
+        self.arena.grow(slots, count)
+        if slots.free_count < count and self.arena.is_small(slots):
+            self._take_pages(slots, count)
+        if slots.free_count < count:
+            self._evict(slots, pool.policy.evict(count - slots.free_count, slots.pins))
+        if slots.free_count < count:
+            self._take_pages(slots, count)
+        return min(count, slots.free_count)
+
+    def _take_pages(self, slots: SlotClass, count: int) -> None:
+        """Takes pages from other classes by evicting what is clean in them."""
+        wanted = -(-(count - slots.free_count) // slots.slots_per_page)
+        for page, owner in self.arena.reclaimable(slots, wanted):
+            held = owner.slots_of(page)
+            held = held[owner.held[held]]
+            self._policies[owner].forget(held.tolist())
+            self._evict(owner, held.tolist())
+            self.arena.give_back(page)
+        self.arena.grow(slots, count)
+
+    def _evict(self, slots: SlotClass, victims: list[int]) -> None:
+        if not victims:
+            return
+        gone = np.array(victims, np.int64)
+        for number in np.unique(slots.holder[gone, 0]).tolist():
+            mine = gone[slots.holder[gone, 0] == number]
+            self.pools[number].table.slot[slots.holder[mine, 1], slots.holder[mine, 2]] = 0
+        slots.free(gone)
+        self.evicted_extents += len(gone)
+
+    def hold(self, pool: Pool, slots: I64, rows: I64, layers: I64) -> None:
+        """These slots hold these extents from now on."""
+        pool.slots.holder[slots, 0] = pool.number
+        pool.slots.holder[slots, 1] = rows
+        pool.slots.holder[slots, 2] = layers
+        pool.table.slot[rows, layers] = slots
+
+    def make_evictable(self, pool: Pool, slots: I64) -> None:
+        """Disk has what these slots hold."""
+        pool.slots.dirty[slots] = False
+        holder = pool.slots.holder[slots]
+        # Names the extent while its row lives. A row used again may meet an old key once: a wrong guess, no harm.
+        keys = (holder[:, 0] << 48) | (holder[:, 1] << 10) | holder[:, 2]
+        pool.policy.admit(slots.tolist(), keys.tolist())
+
+    # --- reads from disk ---
+
+    def claim_for_reads(self, pool: Pool, rows: I64, layers: I64, records: I64) -> tuple[I64, I64]:
+        """Slots for records that a call is about to read, no record twice: (slot to fill or 0 for each, slots pinned).
+
+        Extents that get no slot are read all the same, and not kept. End with `end_reads`.
+        """
+        slots, table, layer_count = pool.slots, pool.table, pool.geometry.layers
+        present = table.slot[rows, layers]
+        pinned = np.unique(present[present != 0])
+        slots.pin(pinned)  # before room is made, so that it is not made of them
+        absent = np.unique(rows[present == 0] * layer_count + layers[present == 0])
+        count = self.make_room(pool, len(absent)) if len(absent) else 0
+        if count:
+            fresh = slots.take(count)
+            self.hold(pool, fresh, *np.divmod(absent[:count], layer_count))
+            self.make_evictable(pool, fresh)
+            slots.pin(fresh)
+            pinned = np.concatenate((pinned, fresh))
+        target = table.slot[rows, layers]
+        # A record that another call is filling is read by both and kept by that one.
+        target[slots.state[target, records] != EMPTY] = 0
+        filled = target != 0
+        slots.state[target[filled], records[filled]] = FILLING
+        return target, pinned
+
+    def end_reads(self, pool: Pool, slots: I64, records: I64, keep: npt.NDArray[np.bool_] | None, pinned: I64) -> None:
+        """keep: which of the records lie verified in their slot; None: none of them."""
+        filled = slots != 0
+        good = np.zeros(len(filled), bool) if keep is None else keep
+        pool.slots.set_valid(slots[filled], records[filled], good[filled])
+        pool.slots.unpin(pinned)
+
+
+def locate(session: Session, keys: Keys) -> tuple[I64, I64, I64]:
+    """(row, layer, record in the extent) of each key. Raises IndexError if a group is past the session's end.
+
+    A layer or KV head past its end gives an index past the end of the slot or record axis: see `out_of_range`.
+    """
+    groups = session.table.geometry.groups_per_chunk
+    group = keys["group"].astype(np.int64)
+    chunk = group // groups
+    record = keys["kv_head"] * np.int64(groups) + (group - chunk * groups)
+    return session.rows[: session.chunk_count][chunk], keys["layer"].astype(np.int64), record
+
+
+def out_of_range(session: Session, keys: Keys) -> KeyOutOfRange:
+    """The refusal that names the first key that is not in the session."""
+    geometry = session.table.geometry
+    limits = (geometry.layers, geometry.kv_heads, session.chunk_count * geometry.groups_per_chunk)
+    layer, kv_head, group = keys["layer"], keys["kv_head"], keys["group"]
+    first = int(np.argmax((layer >= limits[0]) | (kv_head >= limits[1]) | (group >= limits[2])))
+    return KeyOutOfRange(
+        f"key {first} asks for layer {layer[first]}, KV head {kv_head[first]}, group {group[first]}; session "
+        f"{session.session_id} has {limits[0]} layers, {limits[1]} KV heads and {limits[2]} groups"
+    )

@@ -1,0 +1,229 @@
+"""The log: segment files, and frames appended to the open one. Knows bytes and files; what they mean is the engine's.
+
+- Frames go to `open` only, one after the other; `synced_bytes` is how much of it a power loss cannot take.
+- After a failed write or sync the segment is poisoned: nothing is ever written to it again, and only what had been
+  synced counts.
+- A file is created, given its header and synced, and the directory synced, before `create` returns: the caller may then
+  name it in the manifest, and only after that append to it.
+- `live` counts the chunks and summaries that the index still has in a segment; `pins` the calls that are reading it.
+The engine's write-out lock guards appends and creation, its lock guards `live` and `pins`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hga_kvd.disk import Disk
+from hga_kvd.errors import StorageFull
+from hga_kvd.format import (
+    BLOCK_BYTES,
+    FRAME_HEAD_BYTES,
+    FrameHeader,
+    SegmentState,
+    encode_frame_head,
+    encode_segment_header,
+    round_up,
+    segment_name,
+)
+from hga_kvd.memory import address_of, aligned_buffer
+
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+
+# A segment smaller than this is not worth its file; the rest of the capacity is then full.
+SEGMENT_BYTES_MIN = 64 << 10
+
+
+@dataclass(eq=False)
+class Segment:
+    segment_id: int
+    handle: int  # -1: the file is gone or unreadable
+    size: int
+    state: SegmentState
+    used_bytes: int = BLOCK_BYTES
+    synced_bytes: int = BLOCK_BYTES
+    next_sequence: int = 0
+    live: int = 0
+    pins: int = 0
+    damaged: bool = False  # something in it could not be read: its file is kept, in case that passes
+
+
+@dataclass(frozen=True)
+class NewFrame:
+    """A frame to append. Its body is these pieces of memory, one after the other; they stay as they are meanwhile."""
+
+    kind: int
+    session_id: int
+    first_chunk: int
+    chunk_count: int
+    table: bytes
+    addresses: U64
+    lengths: I64
+
+    @property
+    def body_bytes(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def frame_bytes(self) -> int:
+        return frame_bytes(len(self.table), self.body_bytes)
+
+
+def frame_bytes(table_bytes: int, body_bytes: int) -> int:
+    return round_up(FRAME_HEAD_BYTES + table_bytes) + round_up(body_bytes)
+
+
+class SegmentLog:
+    def __init__(self, disk: Disk, segment_bytes: int, bytes_max: int, reserve_bytes: int) -> None:
+        """bytes_max: cap on the sum of segment sizes; 0: what the file system has, less reserve_bytes."""
+        self._disk = disk
+        self._segment_bytes = segment_bytes
+        self._bytes_max = bytes_max
+        self._reserve_bytes = reserve_bytes
+        self.segments: dict[int, Segment] = {}
+        self.open: Segment | None = None
+        self.next_segment_id = 1
+        self.written_bytes = 0
+
+    def used_bytes(self) -> int:
+        """Space that segments take."""
+        return sum(segment.size for segment in list(self.segments.values()))
+
+    def capacity_bytes(self) -> int:
+        """Most that segments may take."""
+        if self._bytes_max:
+            return self._bytes_max
+        return max(0, self.used_bytes() + self._disk.free_bytes() - self._reserve_bytes)
+
+    def room(self) -> int:
+        """Bytes that the open segment still takes."""
+        return self.open.size - self.open.used_bytes if self.open else 0
+
+    def create(self, frame_bytes_min: int) -> None:
+        """Opens a new segment that has room for a frame of this size. There must be no open one.
+
+        Raises: StorageFull; OSError from the device, and then there is no new segment.
+        """
+        assert self.open is None
+        smallest = max(SEGMENT_BYTES_MIN, BLOCK_BYTES + frame_bytes_min)
+        left = (self.capacity_bytes() - self.used_bytes()) // BLOCK_BYTES * BLOCK_BYTES
+        if left < smallest:
+            raise StorageFull(
+                f"NVMe is full: segments take {self.used_bytes()} of {self.capacity_bytes()} bytes and a frame of "
+                f"{frame_bytes_min} does not fit; delete sessions, or raise nvme_max"
+            )
+        size = round_up(min(left, max(smallest, self._segment_bytes)))
+        segment_id = self.next_segment_id
+        self.next_segment_id += 1
+        name = segment_name(segment_id)
+        try:
+            handle = self._disk.create(name, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageFull(
+                    f"the file system has no {size} bytes for {name}; free space or delete sessions"
+                ) from error
+            raise
+        try:
+            block = aligned_buffer(BLOCK_BYTES)
+            block[:] = np.frombuffer(encode_segment_header(segment_id, size), np.uint8)
+            self._write(
+                handle, np.zeros(1, np.int64), np.array([address_of(block)], np.uint64), np.array([BLOCK_BYTES])
+            )
+            self._disk.sync(handle)
+            self._disk.sync_names()
+        except OSError:
+            self._disk.close(handle)
+            self._disk.remove(name)
+            raise
+        self.open = self.segments[segment_id] = Segment(segment_id, handle, size, "open")
+
+    def append(self, frames: list[NewFrame]) -> list[int]:
+        """Writes frames to the open segment, where they fit. Returns the offset of each body; nothing is synced yet.
+
+        Raises: OSError; poison the segment then.
+        """
+        segment = self.open
+        assert segment is not None
+        offset, heads, headers = segment.used_bytes, [], []
+        for sequence, frame in enumerate(frames, segment.next_sequence):
+            # fmt: off
+            header = FrameHeader(
+                frame.kind, segment.segment_id, offset, sequence, segment.synced_bytes, frame.session_id,
+                frame.first_chunk, frame.chunk_count, len(frame.table), frame.body_bytes,
+            )
+            # fmt: on
+            headers.append(header)
+            heads.append(encode_frame_head(header, frame.table))
+            offset += header.frame_bytes
+        assert offset <= segment.size
+        # After a failure nobody may take this space for unused: it may hold anything.
+        segment.used_bytes, segment.next_sequence = offset, segment.next_sequence + len(frames)
+        buffer = aligned_buffer(sum(map(len, heads)))
+        buffer[:] = np.frombuffer(b"".join(heads), np.uint8)
+        head_lengths = np.array([len(head) for head in heads], np.int64)
+        head_addresses = (address_of(buffer) + np.cumsum(head_lengths) - head_lengths).astype(np.uint64)
+        offsets, addresses, lengths = (
+            [np.array([h.offset for h in headers], np.int64)],
+            [head_addresses],
+            [head_lengths],
+        )
+        for header, frame in zip(headers, frames, strict=True):
+            offsets.append(header.body_offset + np.cumsum(frame.lengths) - frame.lengths)
+            addresses.append(frame.addresses)
+            lengths.append(frame.lengths)
+        # fmt: off
+        self._write(
+            segment.handle, np.concatenate(offsets), np.concatenate(addresses), np.concatenate(lengths)
+        )
+        # fmt: on
+        return [header.body_offset for header in headers]
+
+    def _write(self, handle: int, offsets: I64, addresses: U64, lengths: I64) -> None:
+        results = self._disk.write(np.full(len(offsets), handle, np.int32), offsets, addresses, lengths)
+        failed = results[results < 0]
+        if len(failed):
+            raise OSError(-int(failed[0]), os.strerror(-int(failed[0])))
+        self.written_bytes += int(lengths.sum())
+
+    def sync(self) -> None:
+        """Makes everything in the open segment durable. Raises OSError; poison the segment then."""
+        segment = self.open
+        assert segment is not None
+        if segment.synced_bytes < segment.used_bytes:
+            self._disk.sync(segment.handle)
+            segment.synced_bytes = segment.used_bytes
+
+    def seal(self, state: SegmentState) -> None:
+        """Leaves the open segment: nothing more is appended to it. Poisoned: only what was synced counts."""
+        assert self.open is not None
+        assert state != "open"
+        if state == "sealed":
+            assert self.open.synced_bytes == self.open.used_bytes
+        self.open.used_bytes = self.open.synced_bytes
+        self.open.state = state
+        self.open = None
+
+    def drop_dead(self, damaged_too: bool) -> list[Segment]:
+        """Takes segments out of the log that hold nothing live and that nobody reads; `erase` them, manifest first."""
+        dead = [s for s in self.segments.values() if not s.live and not s.pins and (damaged_too or not s.damaged)]
+        dead = [s for s in dead if s is not self.open or s.used_bytes > BLOCK_BYTES]
+        for segment in dead:
+            del self.segments[segment.segment_id]
+            if segment is self.open:
+                self.open = None
+        return dead
+
+    def erase(self, segments: list[Segment]) -> None:
+        """Removes the files of segments that the manifest does not name any more. Raises OSError."""
+        for segment in segments:
+            if segment.handle >= 0:
+                self._disk.close(segment.handle)
+                self._disk.remove(segment_name(segment.segment_id))
+        if segments:
+            self._disk.sync_names()

@@ -1,0 +1,233 @@
+"""Brings a store directory back: manifest, segments, index. The rules are those of docs/format.md, "Recovery".
+
+Nothing is changed on disk before all of it has been read and understood; a directory that cannot be is refused as it
+is. The caller then writes a manifest of its own, which also says that a daemon is running.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from structlog.typing import FilteringBoundLogger
+
+from hga_kvd.disk import Disk
+from hga_kvd.errors import StartRefused
+from hga_kvd.format import (
+    MANIFEST_NAME,
+    BadBytes,
+    ChunkFrame,
+    Frame,
+    Manifest,
+    NewerFormat,
+    SegmentEntry,
+    SummaryFrame,
+    decode_manifest,
+    segment_id_of,
+    segment_name,
+)
+from hga_kvd.index import LOST_ROW, NO_SEGMENT, Session, Summaries
+from hga_kvd.recovery import Walk, erase_heads, header_fits, walk
+from hga_kvd.residency import Residency
+from hga_kvd.segments import Segment, SegmentLog
+
+
+def recover(disk: Disk, segments: SegmentLog, residency: Residency, log: FilteringBoundLogger) -> int:
+    """Fills the log and the index from disk. Returns how many records are lost to damage. Raises: StartRefused."""
+    manifest = _read_manifest(disk)
+    if manifest is None:
+        return 0
+    walks = [(entry, *_read_segment(disk, entry, manifest.clean, log)) for entry in manifest.segments]
+    for known in manifest.sessions:
+        pool = residency.pool_for(known.geometry)
+        residency.add_session(Session(known.session_id, known.name, pool.table, pool.number))
+    residency.next_session_id, residency.next_chunk_uid = manifest.next_session_id, manifest.next_chunk_uid
+    segments.next_segment_id = manifest.next_segment_id
+    for entry, handle, found in sorted(walks, key=lambda w: w[0].segment_id):
+        if handle < 0:
+            continue
+        segment = Segment(entry.segment_id, handle, disk.size(handle), entry.state)
+        segments.segments[entry.segment_id] = segment
+        segment.damaged = found is None or found.unreadable or bool(found.damage)
+        if found is None:
+            segment.used_bytes, segment.state = entry.used_bytes, "poisoned"
+            continue
+        segment.used_bytes = segment.synced_bytes = found.used_bytes
+        segment.next_sequence = found.next_sequence
+        for frame in found.frames:
+            _apply(frame, segments, residency, log)
+    _go_on(disk, manifest, walks, segments, log)
+    _remove_leftovers(disk, manifest, segments, log)
+    return sum(_close_gaps(residency, known.session_id, known.chunk_count, log) for known in manifest.sessions)
+
+
+def _read_manifest(disk: Disk) -> Manifest | None:
+    """None: a new store."""
+    try:
+        return decode_manifest(disk.read_file(MANIFEST_NAME))
+    except FileNotFoundError:
+        files = [name for name in disk.names() if segment_id_of(name) is not None]
+        if files:
+            raise StartRefused(
+                f"the store has {len(files)} segment files but no {MANIFEST_NAME}: restore {MANIFEST_NAME}, or move "
+                "the segment files away to start empty"
+            ) from None
+        return None
+    except NewerFormat as error:
+        raise StartRefused(
+            f"the store was written by a newer hga-kvd ({MANIFEST_NAME}: {error}): run that version, or use another "
+            "directory"
+        ) from None
+    except (BadBytes, OSError) as error:
+        raise StartRefused(
+            f"{MANIFEST_NAME} of the store cannot be read ({error}): restore it from a copy, or move it and the "
+            "segment files away to start empty"
+        ) from None
+
+
+def _read_segment(disk: Disk, entry: SegmentEntry, clean: bool, log: FilteringBoundLogger) -> tuple[int, Walk | None]:
+    """Handle and content of a segment; no handle if its file is missing, no content if that is not ours."""
+    name = segment_name(entry.segment_id)
+    try:
+        handle = disk.open(name)
+    except FileNotFoundError:
+        log.error("segment lost", segment=name, error="its file is gone")  # noqa: TRY400
+        return -1, None
+    except OSError as error:
+        raise StartRefused(
+            f"{name} cannot be opened ({error}): give this user access to it, then start again"
+        ) from error
+    if not header_fits(disk, handle, entry.segment_id):
+        log.error("segment damaged", segment=name, error="its header is not ours or cannot be read; all of it is lost")
+        return handle, None
+    torn_end = entry.state == "open" and not clean
+    found = walk(disk, handle, entry.segment_id, 0 if torn_end else entry.used_bytes, torn_end)
+    for start, end in found.damage:
+        log.error("segment damaged", segment=name, from_byte=start, to_byte=end, error="frames in here are lost")
+    return handle, found
+
+
+def _apply(frame: Frame, segments: SegmentLog, residency: Residency, log: FilteringBoundLogger) -> None:
+    """Adds one frame to the index; frames come in the order they were written."""
+    header = frame.header
+    if isinstance(frame, ChunkFrame):
+        residency.next_chunk_uid = max(residency.next_chunk_uid, int(frame.uids.max()) + 1)
+    residency.next_session_id = max(residency.next_session_id, header.session_id + 1)
+    session = residency.sessions.get(header.session_id)
+    if session is None:
+        return
+    fits = _apply_chunks(session, frame, segments) if isinstance(frame, ChunkFrame) else True
+    if isinstance(frame, SummaryFrame):
+        _apply_summaries(session, frame, segments)
+    if not fits:
+        log.error(
+            "frame damaged", segment=header.segment_id, offset=header.offset, error="its sizes are not its session's"
+        )
+
+
+def _apply_chunks(session: Session, frame: ChunkFrame, segments: SegmentLog) -> bool:
+    table, geometry, header = session.table, session.table.geometry, frame.header
+    shape = (geometry.layers, geometry.records_per_extent)
+    if (frame.checksums.shape[1:], frame.record_bytes) != (shape, geometry.record_bytes):
+        return False
+    if frame.token_ids.shape[1] != geometry.chunk_tokens:
+        return False
+    end = header.first_chunk + header.chunk_count
+    old = session.rows[header.first_chunk : min(end, session.chunk_count)]
+    for row in old[old != LOST_ROW].tolist():
+        segments.segments[int(table.segment[row])].live -= 1
+    table.remove(old)
+    rows = table.add(header.chunk_count)
+    table.uid[rows] = frame.uids
+    table.segment[rows] = header.segment_id
+    table.offset[rows] = header.body_offset + np.arange(header.chunk_count) * frame.chunk_stride
+    table.checksums[rows] = frame.checksums
+    table.tokens_known[rows] = frame.tokens_known
+    table.token_ids[rows] = frame.token_ids
+    segments.segments[header.segment_id].live += header.chunk_count
+    session.put_rows(header.first_chunk, rows)
+    session.chunk_count = session.written_count = max(session.chunk_count, end)
+    return True
+
+
+def _apply_summaries(session: Session, frame: SummaryFrame, segments: SegmentLog) -> None:
+    header, size = frame.header, frame.bytes_per_chunk
+    summaries = session.summaries.setdefault(frame.kind, Summaries(size))
+    if summaries.bytes_per_chunk != size:
+        return
+    # A summary is written after its chunk; one without is the rest of a chunk that was lost.
+    count = min(header.chunk_count, max(0, session.chunk_count - header.first_chunk))
+    chunks = header.first_chunk + np.arange(count)
+    summaries.reserve(header.first_chunk + count)
+    for segment_id in summaries.segment[chunks].tolist():
+        if segment_id != NO_SEGMENT:
+            segments.segments[segment_id].live -= 1
+    summaries.segment[chunks] = header.segment_id
+    summaries.offset[chunks] = header.body_offset + np.arange(count) * size
+    summaries.checksum[chunks] = frame.checksums[:count]
+    segments.segments[header.segment_id].live += count
+
+
+def _go_on(
+    disk: Disk,
+    manifest: Manifest,
+    walks: list[tuple[SegmentEntry, int, Walk | None]],
+    segments: SegmentLog,
+    log: FilteringBoundLogger,
+) -> None:
+    """Makes the open segment fit to be appended to: what is taken from it is synced, what is not is erased."""
+    for entry, handle, found in walks:
+        segment = segments.segments.get(entry.segment_id)
+        if entry.state != "open" or found is None or segment is None:
+            continue
+        if found.unreadable:  # what is there may be readable another time: leave it as it is
+            segment.state = "poisoned"
+            continue
+        if found.stale:
+            log.warning("torn end cut", segment=segment_name(entry.segment_id), at_byte=found.used_bytes)
+        try:
+            if not manifest.clean:
+                erase_heads(disk, handle, found.stale)
+        except OSError as error:
+            raise StartRefused(
+                f"{segment_name(entry.segment_id)} cannot be written ({error}): check the device and the file's "
+                "permissions, then start again"
+            ) from error
+        if segments.open is None:
+            segments.open = segment
+        else:
+            segment.state = "sealed"
+
+
+def _remove_leftovers(disk: Disk, manifest: Manifest, segments: SegmentLog, log: FilteringBoundLogger) -> None:
+    """Segment files that the manifest does not name: of a crash before it did, or after it no longer did."""
+    named = {entry.segment_id for entry in manifest.segments}
+    for name in disk.names():
+        segment_id = segment_id_of(name)
+        if segment_id is None or segment_id in named:
+            continue
+        segments.next_segment_id = max(segments.next_segment_id, segment_id + 1)
+        handle = disk.open(name)
+        ours = header_fits(disk, handle, segment_id, unwritten=True)
+        disk.close(handle)
+        if ours:
+            disk.remove(name)
+            log.info("leftover removed", segment=name)
+        else:
+            log.warning("unknown file left alone", file=name, error="its name is a segment's, its content is not")
+
+
+def _close_gaps(residency: Residency, session_id: int, chunk_count: int, log: FilteringBoundLogger) -> int:
+    """Chunks that must have been there and were not found stay as lost rows. Returns how many records they had."""
+    session = residency.sessions[session_id]
+    if chunk_count > session.chunk_count:
+        session.put_rows(session.chunk_count, np.full(chunk_count - session.chunk_count, LOST_ROW, np.int64))
+        session.chunk_count = session.written_count = chunk_count
+    lost = np.flatnonzero(session.rows[: session.chunk_count] == LOST_ROW)
+    if len(lost):
+        geometry = session.table.geometry
+        session.damaged_records = len(lost) * geometry.layers * geometry.records_per_extent
+        # fmt: off
+        log.error(
+            "chunks lost", session=session.name, count=len(lost), first_chunk=int(lost[0]), last_chunk=int(lost[-1])
+        )
+        # fmt: on
+    return session.damaged_records

@@ -1,0 +1,236 @@
+"""The io_uring engine: rings driven from Python by whole columns, one `io_uring_enter` a round.
+
+Every calling thread has a ring of its own, so a call is: fill submission entries with numpy stores, enter the kernel
+(without the interpreter lock), read completions as numpy columns. No I/O thread, no hand-over, no lock between callers;
+ADR 2 has the measurement. Calls under way share the queue depth: each of n keeps at most depth / n in flight, so a
+small batch goes to the device at once however large the batch beside it is.
+
+What is always true:
+- A ring is empty between calls. What is in flight is (SQ head - CQ tail), the kernel's own counters: nothing that
+  happens to a call, not even an interrupt, makes us lose count of memory that the kernel may still write to.
+- A ring never has more in flight than its completion queue has places, so that queue cannot overflow.
+- A ring dies with its thread or at shutdown; its mappings and descriptors go with the object.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from hga_kvd.disk import I32, I64, U64
+from hga_kvd.io_engine import Callers, EngineUnavailable
+
+U32 = npt.NDArray[np.uint32]
+
+# linux/io_uring.h
+_SYS_SETUP, _SYS_ENTER = 425, 426  # the same on every architecture
+_OP_READ, _OP_WRITE = 22, 23
+_SETUP_SUBMIT_ALL, _SETUP_SINGLE_ISSUER, _SETUP_DEFER_TASKRUN = 1 << 7, 1 << 12, 1 << 13
+_FLAGS = (_SETUP_SUBMIT_ALL | _SETUP_SINGLE_ISSUER | _SETUP_DEFER_TASKRUN, 0)  # Linux 6.1; any
+_FEATURE_SINGLE_MMAP, _FEATURE_NODROP, _FEATURE_RW_CUR_POS = 1 << 0, 1 << 1, 1 << 3
+_ENTER_GETEVENTS = 1 << 0
+_OFFSET_SQES = 0x10000000
+
+_PARAMS = np.dtype(
+    [(name, "<u4") for name in ("sq_entries", "cq_entries", "flags", "sq_thread_cpu", "sq_thread_idle", "features")]
+    + [("wq_fd", "<u4"), ("reserved", "<u4", 3)]
+    + [(f"sq_{name}", "<u4") for name in ("head", "tail", "mask", "count", "flags", "dropped", "array", "reserved")]
+    + [("sq_address", "<u8")]
+    + [(f"cq_{name}", "<u4") for name in ("head", "tail", "mask", "count", "overflow", "cqes", "flags", "reserved")]
+    + [("cq_address", "<u8")]
+)
+_SQE = np.dtype(
+    {
+        "names": ["opcode", "fd", "offset", "address", "length", "row"],
+        "formats": ["u1", "<i4", "<i8", "<u8", "<u4", "<i8"],
+        "offsets": [0, 4, 8, 16, 24, 32],
+        "itemsize": 64,
+    }
+)
+_CQE = np.dtype([("row", "<i8"), ("result", "<i4"), ("flags", "<u4")])
+
+# A round waits for this part of what is in flight: the rest keeps the device busy while Python refills.
+_WAIT_DIVISOR = 4
+# The kernel may be short of memory for requests (EAGAIN) or want completions reaped first (EBUSY). A second of that
+# without progress is an error.
+_BUSY_TRIES_MAX = 1000
+_BUSY_PAUSE_S = 0.001
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_setup = ctypes.CDLL(None, use_errno=True).syscall
+_setup.argtypes = (ctypes.c_long, ctypes.c_uint, ctypes.c_void_p)
+_enter = ctypes.CDLL(None, use_errno=True).syscall
+_enter.argtypes = (ctypes.c_long, *[ctypes.c_uint] * 4, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Ring:
+    """One ring of at least `entries` places, for the thread that made it. `depth()`, asked every round, bounds its use.
+
+    Raises EngineUnavailable when the kernel or the machine refuses.
+    """
+
+    def __init__(self, entries: int, depth: Callable[[], int]) -> None:
+        fd, params, flags = _setup_ring(entries)
+        weakref.finalize(self, os.close, fd)
+        required = _FEATURE_SINGLE_MMAP | _FEATURE_NODROP | _FEATURE_RW_CUR_POS  # the last came with OP_READ, Linux 5.6
+        if int(params["features"]) & required != required:
+            raise EngineUnavailable("io_uring of this kernel is too old; Linux 5.6 is the first that serves")
+        # Memory order. Submission: the kernel reads the SQ inside our own io_uring_enter, on our own core. Completion
+        # with DEFER_TASKRUN: it writes the CQ there too, and program order is all that is needed. Without it another
+        # core may write the CQ: on x86-64 loads are not reordered with loads, nor stores with stores, so the plain ones
+        # that numpy makes do. Elsewhere they do not.
+        machine = platform.machine()
+        if machine != "x86_64" and not (machine == "aarch64" and flags & _SETUP_DEFER_TASKRUN):
+            raise EngineUnavailable(f"the ring in Python is not known to be safe on {machine} with this kernel")
+
+        sq_count, cq_count = int(params["sq_entries"]), int(params["cq_entries"])
+        size = max(int(params["sq_array"]) + 4 * sq_count, int(params["cq_cqes"]) + _CQE.itemsize * cq_count)
+        ring = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        sqes = mmap.mmap(fd, _SQE.itemsize * sq_count, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=_OFFSET_SQES)
+
+        def u32(field: str, count: int = 1) -> U32:
+            return np.frombuffer(ring, np.uint32, count, int(params[field]))
+
+        self.fd = fd
+        self._depth = depth
+        self.flags = flags
+        self._sq_head, self._sq_tail = u32("sq_head"), u32("sq_tail")
+        self._cq_head, self._cq_tail = u32("cq_head"), u32("cq_tail")
+        u32("sq_array", sq_count)[:] = np.arange(sq_count)  # entry i is always described by SQE i
+        self._sqes = np.frombuffer(sqes, np.uint64).reshape(sq_count, _SQE.itemsize // 8)
+        self._cqes = np.frombuffer(ring, _CQE, cq_count, int(params["cq_cqes"]))
+        # places[p : p + n] are the n entries from p on, wrapped.
+        self._sq_mask, self._sq_places = sq_count - 1, np.tile(np.arange(sq_count), 2)
+        self._cq_mask, self._cq_places = cq_count - 1, np.tile(np.arange(cq_count), 2)
+
+    @property
+    def in_flight(self) -> int:
+        """Transfers that the kernel took and has not completed."""
+        return (int(self._sq_head[0]) - int(self._cq_tail[0])) & 0xFFFFFFFF
+
+    def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
+        """As IoEngine.transfer. Raises OSError when the kernel refuses `io_uring_enter`.
+
+        After any exception nothing is in flight, and the ring must not be used again.
+        """
+        sqes = np.zeros(len(fds), _SQE)
+        sqes["opcode"] = _OP_WRITE if write else _OP_READ
+        sqes["fd"], sqes["offset"], sqes["address"], sqes["length"] = fds, offsets, addresses, lengths
+        sqes["row"] = np.arange(len(fds))
+        results = np.zeros(len(fds), np.int64)
+        try:
+            self._run(sqes.view(np.uint64).reshape(len(fds), -1), results)
+        except BaseException:
+            self._drain()
+            raise
+        return results
+
+    def _run(self, sqes: U64, results: I64) -> None:
+        count, queued, done, busy_tries = len(sqes), 0, 0, 0
+        tail = int(self._sq_tail[0])
+        while done < count:
+            room = min(self._depth() - (queued - done), count - queued)
+            if room > 0:
+                place = tail & self._sq_mask
+                self._sqes[self._sq_places[place : place + room]] = sqes[queued : queued + room]
+                tail = (tail + room) & 0xFFFFFFFF
+                self._sq_tail[0] = tail
+                queued += room
+            waiting = queued - done
+            wanted = waiting if queued == count else max(1, waiting // _WAIT_DIVISOR)
+            error = self._enter((tail - int(self._sq_head[0])) & 0xFFFFFFFF, wanted)
+            reaped = self._reap(results)
+            done += reaped
+            busy_tries = busy_tries + 1 if error and not reaped else 0
+            if error not in (0, errno.EINTR, errno.EAGAIN, errno.EBUSY) or busy_tries == _BUSY_TRIES_MAX:
+                raise OSError(error, "io_uring_enter: " + os.strerror(error))
+            if busy_tries and error != errno.EINTR:
+                time.sleep(_BUSY_PAUSE_S)
+
+    def _enter(self, submit_count: int, wait_count: int) -> int:
+        """Submits and waits; 0 or errno. The SQ head tells how many it took; when not all, it did not wait."""
+        if _enter(_SYS_ENTER, self.fd, submit_count, wait_count, _ENTER_GETEVENTS, None, 0) >= 0:
+            return 0
+        return ctypes.get_errno()
+
+    def _reap(self, results: I64) -> int:
+        head, tail = int(self._cq_head[0]), int(self._cq_tail[0])
+        count = (tail - head) & 0xFFFFFFFF
+        if count:
+            place = head & self._cq_mask
+            cqes = self._cqes[self._cq_places[place : place + count]]
+            results[cqes["row"]] = cqes["result"]
+            self._cq_head[0] = tail
+        return count
+
+    def _drain(self) -> None:
+        """Waits until the kernel has let go of the caller's memory. A signal may cut a wait short, never the loop."""
+        while self.in_flight:
+            self._cq_head[0] = self._cq_tail[0]
+            if self._enter(0, 1):
+                time.sleep(_BUSY_PAUSE_S)
+
+
+class UringEngine:
+    name = "uring"
+
+    def __init__(self, queue_depth: int) -> None:
+        self._queue_depth = queue_depth
+        self._callers = Callers()
+        self._local = threading.local()
+        self._ring()
+
+    def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
+        with self._callers:
+            try:
+                return self._ring().transfer(write, fds, offsets, addresses, lengths)
+            except BaseException as error:
+                self._local.__dict__.clear()
+                if isinstance(error, (EngineUnavailable, OSError)):
+                    return np.full(len(fds), -(error.errno or errno.EIO), np.int64)
+                raise
+
+    def shutdown(self) -> None:
+        self._callers.close()
+        self._local = threading.local()  # the old one takes the rings of all threads with it
+
+    def _depth(self) -> int:
+        return max(1, self._queue_depth // self._callers.count)
+
+    def _ring(self) -> Ring:
+        ring: Ring | None = getattr(self._local, "ring", None)
+        if ring is None:
+            ring = self._local.ring = Ring(self._queue_depth, self._depth)
+        return ring
+
+
+def _setup_ring(depth: int) -> tuple[int, np.void, int]:
+    """Descriptor, parameters and flags of a new ring; with the best flags that the kernel knows."""
+    number = 0
+    for flags in _FLAGS:
+        params = np.zeros(1, _PARAMS)
+        params["flags"] = flags
+        fd = int(_setup(_SYS_SETUP, depth, params.__array_interface__["data"][0]))
+        if fd >= 0:
+            return fd, params[0], flags
+        number = ctypes.get_errno()
+        if number != errno.EINVAL:
+            break
+    raise EngineUnavailable(f"io_uring_setup: {os.strerror(number)}{_HINTS.get(number, '')}", number)
+
+
+_HINTS = {
+    errno.ENOSYS: " (this kernel has no io_uring)",
+    errno.EPERM: " (switched off by kernel.io_uring_disabled or a seccomp profile, as in Docker's default)",
+    errno.ENOMEM: " (raise the limit of locked memory: ulimit -l)",
+}

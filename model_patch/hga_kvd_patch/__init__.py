@@ -1,0 +1,40 @@
+"""hga-kvd for transformers: `patch(model)`, and generate() keeps its K/V in the daemon.
+
+with hga_kvd_patch.patched(model, session="my-document"):
+    model.generate(**inputs)
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError('hga_kvd_patch needs torch and transformers: pip install "hga-kvd[patch]"') from error
+
+from hga_kvd_patch.cache import HgaCache
+from hga_kvd_patch.errors import (
+    AlreadyPatched,
+    CacheRefused,
+    CacheUnusable,
+    CallRefused,
+    ModelRefused,
+    NotPatched,
+    PatchError,
+    TextMismatch,
+)
+from hga_kvd_patch.patch import Patched, patch, patched, unpatch
+
+__all__ = [
+    "AlreadyPatched",
+    "CacheRefused",
+    "CacheUnusable",
+    "CallRefused",
+    "HgaCache",
+    "ModelRefused",
+    "NotPatched",
+    "PatchError",
+    "Patched",
+    "TextMismatch",
+    "patch",
+    "patched",
+    "unpatch",
+]

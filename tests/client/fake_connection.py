@@ -1,0 +1,143 @@
+"""A Connection over a dict of extents in memory: what Session tests need of the daemon, and nothing more."""
+
+from __future__ import annotations
+
+import numpy as np
+from hga_kvd_client import errors
+from hga_kvd_client.connection import Fetched, Opened, SessionInfo
+
+
+class FakeDaemon:
+    """Outlives connections. `restart(keep)` forgets temporary sessions and chunks from `keep(durable)` on."""
+
+    def __init__(self) -> None:
+        self.sessions = {}
+        self.next_id = 1
+        self.starts = 1
+
+    def restart(self, keep=lambda durable: durable):
+        self.starts += 1
+        for session_id, session in list(self.sessions.items()):
+            count = keep(session["durable"])
+            if not session["name"] or not count:
+                del self.sessions[session_id]
+                continue
+            session["chunks"] = session["chunks"][:count]
+            session["ids"] = session["ids"][:count]
+            session["summaries"] = {k: v for k, v in session["summaries"].items() if k[1] < count}
+
+
+class FakeConnection:
+    def __init__(self, daemon: FakeDaemon | None = None, append_bytes_max: int = 1 << 20, page_chunks: int = 3) -> None:
+        self.daemon = daemon or FakeDaemon()
+        self.generation = self.seen = self.daemon.starts
+        self._append_bytes_max = append_bytes_max
+        self._page_chunks = page_chunks
+        self.fetched_keys = []  # one array a fetch
+        self.damaged = set()  # (layer, kv_head, group)
+        self.fail_next = None  # raised by the next call
+
+    def _check(self):
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+
+    def _session(self, session_id):
+        self._check()
+        if session_id not in self.daemon.sessions:
+            raise errors.SessionNotFound(f"no session {session_id}")
+        return self.daemon.sessions[session_id]
+
+    def notice_replacement(self):
+        changed = self.daemon.starts != self.seen
+        self.generation = self.seen = self.daemon.starts
+        return changed
+
+    def open(self, name, geometry, create=True):
+        self._check()
+        for session_id, session in self.daemon.sessions.items():
+            if name and session["name"] == name:
+                return Opened(session_id, name, session["geometry"], len(session["chunks"]), session["durable"], False)
+        if not create:
+            raise errors.SessionNotFound(f"no session {name!r}")
+        session_id = self.daemon.next_id
+        self.daemon.next_id += 1
+        self.daemon.sessions[session_id] = {
+            "name": name, "geometry": geometry, "chunks": [], "ids": [], "durable": 0, "summaries": {},
+        }  # fmt: skip
+        return Opened(session_id, name, geometry, 0, 0, True)
+
+    def append_bytes_max(self):
+        return self._append_bytes_max
+
+    def append_buffer(self, size):
+        return np.full(size, 0xA5, np.uint8)
+
+    def append(self, session_id, first_chunk, chunk_count, payload, token_ids=b""):
+        session = self._session(session_id)
+        if first_chunk != len(session["chunks"]):
+            raise errors.AppendOutOfOrder(f"{first_chunk} is not {len(session['chunks'])}")
+        geometry = session["geometry"]
+        shape = (chunk_count, geometry.layers, geometry.kv_heads, geometry.groups_per_chunk, geometry.record_bytes)
+        session["chunks"] += list(payload.reshape(shape).copy())
+        width = geometry.chunk_tokens * 4
+        session["ids"] += [token_ids[i * width : (i + 1) * width] for i in range(chunk_count)]
+        return len(session["chunks"])
+
+    def fetch(self, session_id, keys):
+        session = self._session(session_id)
+        geometry = session["geometry"]
+        self.fetched_keys.append(keys.copy())
+        records = np.empty((len(keys), geometry.record_bytes), np.uint8)
+        statuses = np.zeros(len(keys), np.uint8)
+        for i, (group, kv_head, layer) in enumerate(keys.tolist()):
+            chunk, within = divmod(group, geometry.groups_per_chunk)
+            if chunk >= len(session["chunks"]):
+                raise errors.KeyOutOfRange(f"group {group}")
+            records[i] = session["chunks"][chunk][layer, kv_head, within]
+            statuses[i] = (layer, kv_head, group) in self.damaged
+        return Fetched(records, statuses if statuses.any() else None, len(keys) - len(keys) // 3, len(keys) // 3)
+
+    def flush(self, session_id):
+        session = self._session(session_id)
+        if not session["name"]:
+            raise errors.NotDurable("temporary")
+        session["durable"] = len(session["chunks"])
+        return session["durable"]
+
+    def put_summaries(self, session_id, kind, first_chunk, chunk_count, payload):
+        session = self._session(session_id)
+        assert first_chunk + chunk_count <= len(session["chunks"])
+        width = len(payload) // chunk_count
+        for i in range(chunk_count):
+            session["summaries"][kind, first_chunk + i] = payload[i * width : (i + 1) * width]
+
+    def get_summaries(self, session_id, kind, first_chunk, chunk_count):
+        summaries = self._session(session_id)["summaries"]
+        page = []
+        for chunk in range(first_chunk, first_chunk + min(chunk_count, self._page_chunks)):
+            if (kind, chunk) not in summaries:
+                if page:
+                    break
+                raise errors.SummariesNotFound(f"no summaries of chunk {chunk}")
+            page.append(summaries[kind, chunk])
+        return len(page), b"".join(page)
+
+    def info(self, session_id):
+        session = self._session(session_id)
+        ids = b"".join(session["ids"]) if all(session["ids"]) else b""
+        return SessionInfo(
+            session_id, session["name"], session["geometry"], len(session["chunks"]), session["durable"], 0,
+            not session["name"], ids,
+        )  # fmt: skip
+
+    def close(self, session_id):
+        if not self._session(session_id)["name"]:
+            del self.daemon.sessions[session_id]
+
+    def delete(self, session_id):
+        self._session(session_id)
+        del self.daemon.sessions[session_id]
+
+    def disconnect(self):
+        pass

@@ -1,0 +1,246 @@
+"""The client against the real daemon process: same bytes by every way, and sessions that outlive their daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import torch
+from hga_kvd_client import Client, Geometry, Session, SessionOptions, connect, errors
+from hga_kvd_client.connection import Connection
+from sequences import GEOMETRY, ROPE, Tokens, blocks
+from test_connection import all_keys, payload
+
+WIDE = Geometry(4, 2, 128, "bfloat16", model_fingerprint="wide")  # records of 8 KiB, chunks of 256 KiB
+ODD = Geometry(2, 3, 20, "float16", chunk_tokens=24, group_tokens=8)  # records of 640 bytes
+OPTIONS = SessionOptions(
+    topk_chunks=4, topk_groups=4, sink_chunks=1, recent_chunks=2, bank_groups=8, flush_chunks=2, prefill_tile_chunks=3
+)
+
+
+@contextlib.contextmanager
+def connected(target, **options):
+    connection = Connection(target, **{"region_bytes": 4 << 20, **options})
+    try:
+        yield connection
+    finally:
+        connection.disconnect()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("nvme", [True, False])
+def test_all_transports_give_the_same_bytes(daemon, nvme):
+    port = free_port()
+    # An arena of 1 MiB at most: most of what is read comes from disk.
+    options = ("--listen", f"127.0.0.1:{port}", *(("--ram", "4MiB") if nvme else ()))
+    running = daemon(*options, nvme=nvme)
+    for geometry, chunks in ((WIDE, 40), (ODD, 30)):
+        sent = payload(chunks, geometry)
+        keys = all_keys(chunks, geometry)
+        shuffled = np.random.default_rng(1).permutation(len(keys))[:300]
+        with contextlib.ExitStack() as stack:
+            shared, as_bytes, tcp = (
+                stack.enter_context(connected(running.target)),
+                stack.enter_context(connected(running.target, transport="bytes")),
+                stack.enter_context(connected(f"127.0.0.1:{port}")),
+            )
+            assert [c.transport for c in (shared, as_bytes, tcp)] == ["shared", "bytes", "bytes"]
+            ids = [c.open(f"{c.transport}{i}", geometry).session_id for i, c in enumerate((shared, as_bytes, tcp))]
+            for connection, session_id in zip((shared, as_bytes, tcp), ids, strict=True):
+                for first in range(0, chunks, 10):
+                    part = sent[first * geometry.chunk_bytes : (first + 10) * geometry.chunk_bytes]
+                    assert connection.append(session_id, first, 10, part) == first + 10
+                    if nvme:
+                        connection.flush(session_id)
+            # What one connection wrote, all read.
+            for connection in (shared, as_bytes, tcp):
+                for i in range(3):
+                    opened = connection.open(f"{(shared, as_bytes, tcp)[i].transport}{i}", geometry)
+                    assert not opened.created
+                    assert opened.chunk_count == chunks
+                    everything = connection.fetch(opened.session_id, keys)
+                    assert everything.statuses is None
+                    assert everything.records.tobytes() == sent.tobytes()
+                    assert everything.ram_records + everything.nvme_records == len(keys)
+                    some = connection.fetch(opened.session_id, keys[shuffled]).records
+                    np.testing.assert_array_equal(some, sent.reshape(len(keys), -1)[shuffled])
+            if nvme and geometry is WIDE:
+                assert shared.stat().fetched_nvme_records > 0
+            for session_id in ids:
+                shared.delete(session_id)
+
+
+def test_big_calls_are_split(daemon):
+    running = daemon(environment={"HGA_KVD_FETCH_KEYS_MAX": "1000"})
+    with connected(running.target, region_bytes=2 << 20) as connection:
+        session_id = connection.open("big", WIDE).session_id
+        sent = payload(64, WIDE)  # 16 MiB through an append half of 1 MiB
+        ids = np.arange(64 * 64, dtype="<u4")
+        assert connection.append(session_id, 0, 64, sent, ids.tobytes()) == 64
+        assert connection.info(session_id).token_ids == ids.tobytes()
+        keys = all_keys(64, WIDE)
+        assert len(keys) > 2000
+        assert connection.fetch(session_id, keys).records.tobytes() == sent.tobytes()
+
+
+def test_errors_of_the_daemon_are_typed(daemon):
+    running = daemon(nvme=False)
+    with connected(running.target) as connection:
+        opened = connection.open("a", WIDE)
+        with pytest.raises(errors.GeometryMismatch, match="head_dim"):
+            connection.open("a", Geometry(4, 2, 64, "bfloat16", model_fingerprint="wide"))
+        with pytest.raises(errors.InvalidRequest):
+            connection.open("b", Geometry(0, 2, 64, "bfloat16"))
+        with pytest.raises(errors.SessionNotFound):
+            connection.open("b", None, create=False)
+        with pytest.raises(errors.AppendOutOfOrder):
+            connection.append(opened.session_id, 1, 1, payload(1, WIDE))
+        connection.append(opened.session_id, 0, 1, payload(1, WIDE))
+        with pytest.raises(errors.KeyOutOfRange):
+            connection.fetch(opened.session_id, all_keys(2, WIDE))
+        with pytest.raises(errors.SummariesNotFound):
+            connection.get_summaries(opened.session_id, "x", 0, 1)
+        connection.put_summaries(opened.session_id, "x", 0, 1, b"12")
+        assert connection.get_summaries(opened.session_id, "x", 0, 1) == (1, b"12")
+        with pytest.raises(errors.NotDurable):
+            connection.flush(opened.session_id)
+        with pytest.raises(errors.StorageFull):
+            connection.append(opened.session_id, 1, 1000, np.zeros(1000 * WIDE.chunk_bytes, np.uint8))
+        assert connection.info(opened.session_id).chunk_count > 1
+        assert [info.name for info in connection.list()] == ["a"]
+        connection.delete(opened.session_id)
+        connection.open("a", WIDE)
+        with pytest.raises(errors.SessionNotFound):
+            connection.get_summaries(connection.open("b", WIDE).session_id + 7, "x", 0, 1)
+
+
+def test_a_daemon_that_does_not_answer_is_a_deadline(daemon):
+    running = daemon()
+    with connected(running.target, deadline_s=1.0) as connection:
+        session_id = connection.open("s", WIDE).session_id
+        connection.append(session_id, 0, 2, payload(2, WIDE))
+        os.kill(running.pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            with pytest.raises(errors.DeadlineExceeded, match="1 s"):
+                connection.fetch(session_id, all_keys(2, WIDE))
+            with pytest.raises(errors.DeadlineExceeded):
+                connection.append(session_id, 2, 1, payload(1, WIDE, seed=2))
+            assert time.monotonic() - started < 5
+        finally:
+            os.kill(running.pid, signal.SIGCONT)
+        assert connection.append(session_id, 2, 1, payload(1, WIDE, seed=2)) == 3
+        assert connection.fetch(session_id, all_keys(2, WIDE)).records.tobytes() == payload(2, WIDE).tobytes()
+
+
+@pytest.mark.parametrize("transport", ["auto", "bytes"])
+def test_every_group_opened_is_dense_attention(daemon, transport):
+    running = daemon()
+    tokens = Tokens(600)
+    options = SessionOptions(router="all", recent_chunks=2, sink_chunks=1, bank_groups=8, flush_chunks=1)
+    with connect(running.target, transport=transport) as client:
+        for name in ("named", None):
+            session = client.open(name, GEOMETRY, ROPE, options)
+            for first, end in blocks([1, 100, 1, 150], 600):
+                assert (tokens.run(session, first, end) - tokens.dense(first, end)).abs().max() < 1e-5
+            assert session.stats.ram_bytes + session.stats.nvme_bytes > 0
+            session.close()
+        assert [info.name for info in client.list()] == ["named"]
+
+
+def prefilled(client: Client, name: str | None, tokens: Tokens, count: int) -> Session:
+    session = client.open(name, GEOMETRY, ROPE, OPTIONS)
+    for first, end in blocks([200], count):
+        tokens.run(session, first, end)
+    return session
+
+
+@pytest.mark.parametrize("transport", ["auto", "bytes"])
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_session_goes_on_over_restarts(daemon, how, transport):
+    """Decoding gives what it gives without restarts; kill -9 takes at most what the window still has."""
+    running = daemon("--ram", "8MiB")
+    tokens = Tokens(1200)
+    with connect(running.target, transport=transport) as client:
+        session = prefilled(client, "unbroken", tokens, 1100)
+        expected = [tokens.run(session, step, step + 1) for step in range(1100, 1200)]
+        session.close()
+        session = prefilled(client, "broken", tokens, 1100)
+        # At 1153 chunk 17 has just been appended and not flushed.
+        for step in range(1100, 1200):
+            if step in (1105, 1153):
+                getattr(running, how)()
+                running.start()
+            assert torch.equal(tokens.run(session, step, step + 1), expected[step - 1100])
+        session.flush()
+        assert client.list()[1].durable_chunk_count == 18
+        assert session.stats.recoveries >= (1 if how == "kill" else 0)
+    # A new process would do just this.
+    with connect(running.target, transport=transport) as client:
+        session = client.open("broken", GEOMETRY, ROPE, OPTIONS)
+        assert session.tokens == 1152
+        np.testing.assert_array_equal(session.token_ids(), tokens.ids[:1152])
+        tokens.run(session, 1152, 1199)
+        assert torch.equal(tokens.run(session, 1199, 1200), expected[99])
+
+
+def test_kill_9_after_a_flush_loses_nothing(daemon):
+    running = daemon()
+    tokens = Tokens(700)
+    with connect(running.target) as client:
+        prefilled(client, "s", tokens, 650).flush()
+        running.kill()
+        running.start()
+    with connect(running.target) as client:
+        twin = prefilled(client, None, tokens, 650)
+        session = client.open("s", GEOMETRY, ROPE, OPTIONS)
+        assert session.tokens == 640
+        tokens.run(session, 640, 650)
+        for token in range(650, 700):
+            assert torch.equal(tokens.run(session, token, token + 1), tokens.run(twin, token, token + 1))
+
+
+def test_a_temporary_session_does_not_outlive_its_daemon_or_its_client(daemon):
+    running = daemon()
+    tokens = Tokens(301)
+    with connect(running.target) as client:
+        session = client.open(None, GEOMETRY, ROPE, OPTIONS)
+        tokens.run(session, 0, 300)
+        with pytest.raises(errors.NotDurable):
+            session.flush()
+        running.stop()
+        running.start()
+        with pytest.raises(errors.SessionLost, match="temporary session lost tokens 0 to 299"):
+            tokens.run(session, 300, 301)
+        client.open(None, GEOMETRY, ROPE, OPTIONS)
+        assert len(client.list()) == 1
+    with connect(running.target) as client:
+        deadline = time.monotonic() + 5
+        while client.list() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert client.list() == []
+
+
+def test_a_client_waits_for_its_daemon(daemon):
+    running = daemon()
+    with connect(running.target) as client:
+        session = client.open("s", GEOMETRY, ROPE, OPTIONS)
+        Tokens(300).run(session, 0, 300)
+        running.kill()
+        client.connection._reconnect_s = 0.3
+        with pytest.raises(errors.Unavailable, match="no daemon answered"):
+            session.flush()
+        client.connection._reconnect_s = 20
+        running.start()
+        session.flush()
+        assert session.tokens == 300

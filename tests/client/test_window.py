@@ -1,0 +1,49 @@
+"""The window against a list of tokens."""
+
+from __future__ import annotations
+
+import torch
+from hga_kvd_client.window import Window
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+LAYERS, KV_HEADS, DIM, CHUNK = 2, 2, 1, 4
+
+
+def values(layer: int, first: int, end: int) -> torch.Tensor:
+    """[kv_heads, tokens, 1]: says layer, head and token."""
+    token = torch.arange(first, end, dtype=torch.float32)
+    return torch.stack([1000 * (layer * KV_HEADS + h) + token for h in range(KV_HEADS)])[..., None]
+
+
+@settings(max_examples=80, deadline=None)
+@given(sinks=st.integers(0, 3), recent=st.integers(1, 4), blocks=st.lists(st.integers(1, 23), min_size=1, max_size=15))
+def test_holds_sinks_and_tail(sinks, recent, blocks):
+    window = Window(LAYERS, KV_HEADS, DIM, CHUNK, sinks, recent, torch.float32, torch.device("cpu"))
+    tokens = 0
+    for block in blocks:
+        window.drop((tokens // CHUNK - recent) * CHUNK, tokens)
+        window.reserve(tokens, block)
+        for layer in range(LAYERS):
+            k = values(layer, tokens, tokens + block)
+            window.write(layer, tokens, k, -k)
+        tokens += block
+        kept = list(range(min(sinks * CHUNK, tokens))) + list(range(window.tail_first, tokens))
+        assert kept[-1] == tokens - 1
+        for layer in range(LAYERS):
+            k, v = window.layer(layer, tokens)
+            expected = values(layer, 0, tokens)[:, kept]
+            assert torch.equal(k, expected)
+            assert torch.equal(v, -expected)
+        for chunk in range(tokens // CHUNK):
+            first, end = chunk * CHUNK, (chunk + 1) * CHUNK
+            assert window.holds(first, end) == (first in kept)
+            if first in kept:
+                span = window.span(first, end)
+                assert span.shape == (LAYERS, 2, KV_HEADS, CHUNK, DIM)
+                assert torch.equal(span[1, 0], values(1, first, end))
+        capacity = (sinks + recent + 2) * CHUNK
+        assert window.resident_bytes() <= LAYERS * 2 * KV_HEADS * 4 * (capacity + max(blocks))
+    window.drop((tokens // CHUNK - recent) * CHUNK, tokens)
+    window.reserve(tokens, 1)
+    assert window.resident_bytes() == LAYERS * 2 * KV_HEADS * 4 * (sinks + recent + 2) * CHUNK
