@@ -1,5 +1,44 @@
-# `make demo` and `make test` do all their own set-up; the rest is for developers.
+# `make demo` and `make test` do all their own set-up; the other targets are for developers.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Where there is no NVIDIA GPU the CPU build of torch is enough; plain `torch` brings gigabytes of CUDA.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+TEXT ?=
+
+.PHONY: demo test lint types unit proto setup apt
+
+apt:
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "installing python3-venv"; \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q python3-venv; \
+	  else sudo apt-get update -q && sudo apt-get install -y -q python3-venv; fi; }
+
+$(VENV)/.ready: pyproject.toml | apt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the packages into $(VENV) (a few minutes the first time)"
+	@$(BIN)/pip install -q $(TORCH)
+	@$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready
+
+# The main job, end to end: daemon, real model, real text, a comparison with dense. Results in build/demo/.
+demo: setup
+	$(BIN)/python bench/demo.py $(if $(TEXT),--text "$(TEXT)")
+
+test: lint types unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
+
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/hga_kvd_proto/v1/kvd.proto

@@ -78,8 +78,8 @@ class Session:
 
         self._device, self._dtype = device, dtype
         self._chunks = opened.chunk_count  # closed: appended to the daemon
-        self._block = 0  # tokens of the block at hand, 0 between blocks
-        self._next_layer = 0
+        self._next_layer = 0  # 0: between blocks
+        self._block = 0  # tokens of the block at hand, or of the last one
         self._step = 0
         # uint32 of all tokens, block at hand included; None once a block came without ids.
         self._token_ids: bytearray | None = bytearray()
@@ -124,7 +124,7 @@ class Session:
         self._window.write(layer, self.tokens, k, v)
         self._next_layer = layer + 1
         if self._next_layer == self.geometry.layers:
-            self._next_layer = self._block = 0
+            self._next_layer = 0
             self.tokens += tokens
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
@@ -142,6 +142,8 @@ class Session:
                 f"q is {tuple(q.shape)}; it must be [a multiple of {kv_heads}, tokens, {self.geometry.head_dim}]"
             )
         q_grouped = q.reshape(kv_heads, heads // kv_heads, tokens, dim)
+        if tokens != self._block:
+            raise errors.InvalidRequest(f"q has {tokens} tokens in a block of {self._block}")
         seen = self.tokens + (tokens if self._next_layer else 0)
         if tokens == 1:
             out = self._attend_routed(layer, q_grouped[:, :, 0], scale, seen)
@@ -151,7 +153,7 @@ class Session:
 
     def drop_block(self) -> None:
         """Forgets a block that some layers have and others have not, after a model that failed in between."""
-        self._next_layer = self._block = 0
+        self._next_layer = self._block = 0  # nothing can be attended before the next append
         if self._token_ids is not None:
             del self._token_ids[4 * self.tokens :]
 
@@ -208,7 +210,7 @@ class Session:
         chunk, must be run through the model again.
         """
         assert self.tokens == 0
-        assert not self._block
+        assert self._block == 0
         self._restore_summaries()
         chunk_tokens = self.geometry.chunk_tokens
         sinks = min(self.options.sink_chunks, self._chunks)

@@ -1,14 +1,18 @@
-"""The io_uring engine: rings driven from Python by whole columns, one `io_uring_enter` a round.
+"""The io_uring engine: rings driven from Python by whole columns.
 
-Every calling thread has a ring of its own, so a call is: fill submission entries with numpy stores, enter the kernel
-(without the interpreter lock), read completions as numpy columns. No I/O thread, no hand-over, no lock between callers;
-ADR 2 has the measurement. Calls under way share the queue depth: each of n keeps at most depth / n in flight, so a
-small batch goes to the device at once however large the batch beside it is.
+A batch is written to the submission queue with one numpy store a column, and its completions are read with one gather at
+the end. In between are only rounds of two integers, how many more to submit and how many to wait for, and one
+`io_uring_enter` each, without the interpreter lock: whatever Python does while the device runs dry costs bandwidth.
+
+Every calling thread has a ring of its own: no I/O thread, no hand-over, no lock between callers; ADR 2 has the
+measurement. Calls under way share the queue depth: each of n keeps at most depth / n in flight, so a small batch goes to
+the device at once however large the batch beside it is.
 
 What is always true:
 - A ring is empty between calls. What is in flight is (SQ head - CQ tail), the kernel's own counters: nothing that
   happens to a call, not even an interrupt, makes us lose count of memory that the kernel may still write to.
-- A ring never has more in flight than its completion queue has places, so that queue cannot overflow.
+- A ring is given at most as much as its submission queue holds before it is read empty, and its completion queue is no
+  smaller: that cannot overflow.
 - A ring dies with its thread or at shutdown; its mappings and descriptors go with the object.
 """
 
@@ -57,7 +61,11 @@ _SQE = np.dtype(
         "itemsize": 64,
     }
 )
+# Reads of one thread that are laid out at once: 100 KiB of ring. A longer batch runs dry once in so many.
+_ENTRIES = 1024
 _CQE = np.dtype([("row", "<i8"), ("result", "<i4"), ("flags", "<u4")])
+
+_MASK = 0xFFFFFFFF  # of the rings' counters
 
 # A round waits for this part of what is in flight: the rest keeps the device busy while Python refills.
 _WAIT_DIVISOR = 4
@@ -74,13 +82,13 @@ _enter.argtypes = (ctypes.c_long, *[ctypes.c_uint] * 4, ctypes.c_void_p, ctypes.
 
 
 class Ring:
-    """One ring of at least `entries` places, for the thread that made it. `depth()`, asked every round, bounds its use.
+    """One ring, for the thread that made it. At most `depth()` transfers, asked every round, are in flight.
 
     Raises EngineUnavailable when the kernel or the machine refuses.
     """
 
-    def __init__(self, entries: int, depth: Callable[[], int]) -> None:
-        fd, params, flags = _setup_ring(entries)
+    def __init__(self, depth: Callable[[], int]) -> None:
+        fd, params, flags = _setup_ring(_ENTRIES)
         weakref.finalize(self, os.close, fd)
         required = _FEATURE_SINGLE_MMAP | _FEATURE_NODROP | _FEATURE_RW_CUR_POS  # the last came with OP_READ, Linux 5.6
         if int(params["features"]) & required != required:
@@ -103,75 +111,82 @@ class Ring:
 
         self.fd = fd
         self._depth = depth
-        self.flags = flags
+        self._count = sq_count
         self._sq_head, self._sq_tail = u32("sq_head"), u32("sq_tail")
         self._cq_head, self._cq_tail = u32("cq_head"), u32("cq_tail")
-        u32("sq_array", sq_count)[:] = np.arange(sq_count)  # entry i is always described by SQE i
-        self._sqes = np.frombuffer(sqes, np.uint64).reshape(sq_count, _SQE.itemsize // 8)
+        self._sq_array = u32("sq_array", sq_count)
+        self._sqes = np.frombuffer(sqes, _SQE)
         self._cqes = np.frombuffer(ring, _CQE, cq_count, int(params["cq_cqes"]))
+        self._sqes["row"] = np.arange(sq_count)
         # places[p : p + n] are the n entries from p on, wrapped.
-        self._sq_mask, self._sq_places = sq_count - 1, np.tile(np.arange(sq_count), 2)
-        self._cq_mask, self._cq_places = cq_count - 1, np.tile(np.arange(cq_count), 2)
+        self._sq_places = np.tile(np.arange(sq_count), 2)
+        self._cq_places = np.tile(np.arange(cq_count), 2)
 
     @property
     def in_flight(self) -> int:
         """Transfers that the kernel took and has not completed."""
-        return (int(self._sq_head[0]) - int(self._cq_tail[0])) & 0xFFFFFFFF
+        return (int(self._sq_head[0]) - int(self._cq_tail[0])) & _MASK
 
     def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
         """As IoEngine.transfer. Raises OSError when the kernel refuses `io_uring_enter`.
 
         After any exception nothing is in flight, and the ring must not be used again.
         """
-        sqes = np.zeros(len(fds), _SQE)
-        sqes["opcode"] = _OP_WRITE if write else _OP_READ
-        sqes["fd"], sqes["offset"], sqes["address"], sqes["length"] = fds, offsets, addresses, lengths
-        sqes["row"] = np.arange(len(fds))
         results = np.zeros(len(fds), np.int64)
         try:
-            self._run(sqes.view(np.uint64).reshape(len(fds), -1), results)
+            for start in range(0, len(fds), self._count):
+                part = slice(start, start + self._count)
+                count = self._queue(write, fds[part], offsets[part], addresses[part], lengths[part])
+                self._run(count)
+                self._reap(results[part])
         except BaseException:
             self._drain()
             raise
         return results
 
-    def _run(self, sqes: U64, results: I64) -> None:
-        count, queued, done, busy_tries = len(sqes), 0, 0, 0
-        tail = int(self._sq_tail[0])
-        while done < count:
-            room = min(self._depth() - (queued - done), count - queued)
-            if room > 0:
-                place = tail & self._sq_mask
-                self._sqes[self._sq_places[place : place + room]] = sqes[queued : queued + room]
-                tail = (tail + room) & 0xFFFFFFFF
-                self._sq_tail[0] = tail
-                queued += room
-            waiting = queued - done
-            wanted = waiting if queued == count else max(1, waiting // _WAIT_DIVISOR)
-            error = self._enter((tail - int(self._sq_head[0])) & 0xFFFFFFFF, wanted)
-            reaped = self._reap(results)
-            done += reaped
-            busy_tries = busy_tries + 1 if error and not reaped else 0
+    def _queue(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> int:
+        """Lays the transfers out in SQEs 0, 1, ... and the next places of the queue. The kernel takes them in `_enter`."""
+        count, tail = len(fds), int(self._sq_tail[0])
+        sqes = self._sqes[:count]
+        sqes["opcode"] = _OP_WRITE if write else _OP_READ
+        sqes["fd"], sqes["offset"], sqes["address"], sqes["length"] = fds, offsets, addresses, lengths
+        place = tail % self._count
+        self._sq_array[self._sq_places[place : place + count]] = self._sq_places[:count]
+        self._sq_tail[0] = (tail + count) & _MASK
+        return count
+
+    def _run(self, count: int) -> None:
+        """Submits what is queued, by and by, and returns when all `count` are complete."""
+        submitted = completed = busy_tries = 0
+        while completed < count:
+            room = max(0, min(self._depth() - (submitted - completed), count - submitted))
+            waiting = submitted + room - completed
+            wanted = waiting if submitted + room == count else max(1, waiting // _WAIT_DIVISOR)
+            error = self._enter(room, completed + wanted)
+            before = completed
+            submitted = count - ((int(self._sq_tail[0]) - int(self._sq_head[0])) & _MASK)
+            completed = (int(self._cq_tail[0]) - int(self._cq_head[0])) & _MASK
+            busy_tries = busy_tries + 1 if error and completed == before else 0
             if error not in (0, errno.EINTR, errno.EAGAIN, errno.EBUSY) or busy_tries == _BUSY_TRIES_MAX:
                 raise OSError(error, "io_uring_enter: " + os.strerror(error))
             if busy_tries and error != errno.EINTR:
                 time.sleep(_BUSY_PAUSE_S)
 
-    def _enter(self, submit_count: int, wait_count: int) -> int:
-        """Submits and waits; 0 or errno. The SQ head tells how many it took; when not all, it did not wait."""
-        if _enter(_SYS_ENTER, self.fd, submit_count, wait_count, _ENTER_GETEVENTS, None, 0) >= 0:
+    def _enter(self, submit_count: int, cqe_count: int) -> int:
+        """Submits, and waits until so many completions are unread; 0 or errno.
+
+        The SQ head tells how many the kernel took; when not all, it did not wait.
+        """
+        if _enter(_SYS_ENTER, self.fd, submit_count, cqe_count, _ENTER_GETEVENTS, None, 0) >= 0:
             return 0
         return ctypes.get_errno()
 
-    def _reap(self, results: I64) -> int:
-        head, tail = int(self._cq_head[0]), int(self._cq_tail[0])
-        count = (tail - head) & 0xFFFFFFFF
-        if count:
-            place = head & self._cq_mask
-            cqes = self._cqes[self._cq_places[place : place + count]]
-            results[cqes["row"]] = cqes["result"]
-            self._cq_head[0] = tail
-        return count
+    def _reap(self, results: I64) -> None:
+        """Reads all completions."""
+        place = int(self._cq_head[0]) % len(self._cqes)
+        cqes = self._cqes[self._cq_places[place : place + len(results)]]
+        results[cqes["row"]] = cqes["result"]
+        self._cq_head[0] = self._cq_tail[0]
 
     def _drain(self) -> None:
         """Waits until the kernel has let go of the caller's memory. A signal may cut a wait short, never the loop."""
@@ -210,17 +225,17 @@ class UringEngine:
     def _ring(self) -> Ring:
         ring: Ring | None = getattr(self._local, "ring", None)
         if ring is None:
-            ring = self._local.ring = Ring(self._queue_depth, self._depth)
+            ring = self._local.ring = Ring(self._depth)
         return ring
 
 
-def _setup_ring(depth: int) -> tuple[int, np.void, int]:
+def _setup_ring(entries: int) -> tuple[int, np.void, int]:
     """Descriptor, parameters and flags of a new ring; with the best flags that the kernel knows."""
     number = 0
     for flags in _FLAGS:
         params = np.zeros(1, _PARAMS)
         params["flags"] = flags
-        fd = int(_setup(_SYS_SETUP, depth, params.__array_interface__["data"][0]))
+        fd = int(_setup(_SYS_SETUP, entries, params.__array_interface__["data"][0]))
         if fd >= 0:
             return fd, params[0], flags
         number = ctypes.get_errno()

@@ -331,6 +331,8 @@ def test_wrong_use_is_refused_with_a_sentence():
     session.append(0, k, k)
     with pytest.raises(errors.InvalidRequest, match="block of 5"):
         session.append(1, k[:, :4], k[:, :4])
+    with pytest.raises(errors.InvalidRequest, match="q has 1 tokens"):
+        session.attend(0, torch.zeros(6, 1, DIM), 1.0)
     with pytest.raises(errors.InvalidRequest, match="must follow"):
         session.attend(1, torch.zeros(6, 5, DIM), 1.0)
     with pytest.raises(errors.InvalidRequest, match="multiple of 2"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hga_kvd.arena import EMPTY, PAGE_BYTES, VALID, Arena, SlotClass, copy_records, unit_bytes
@@ -49,7 +51,7 @@ def test_slots_do_not_overlap() -> None:
         assert not (slots.offset[taken] % 4096).any()
         spans += [(at, at + slots.stride) for at in slots.offset[taken].tolist()]
     spans.sort()
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
     assert spans[-1][1] <= len(arena.region)
 
 

@@ -39,7 +39,7 @@ class Reference:
                     self.main.append(key)
                     continue
                 self.ghost.append(key)
-                del self.ghost[: len(self.ghost) - max(1, len(self.small) + len(self.main))]
+                del self.ghost[: max(0, len(self.ghost) - max(1, len(self.small) + len(self.main)))]
                 return key
             key = self.main.pop(0)
             if not self.count[key]:

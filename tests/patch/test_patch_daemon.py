@@ -25,7 +25,7 @@ CLOSE = 1e-4
 
 @pytest.fixture(autouse=True)
 def _inference():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
 
@@ -121,7 +121,7 @@ import json, sys
 import torch, hga_kvd_patch, tiny
 from hga_kvd_client import SessionOptions
 target, family, tokens, options, ids = json.loads(sys.stdin.read())
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 model = tiny.make(family)
 with hga_kvd_patch.patched(model, target, session="doc", options=SessionOptions(**options)) as state:
     cache = state.new_cache("doc")

@@ -23,7 +23,7 @@ CLOSE = 1e-4
 
 @pytest.fixture(autouse=True)
 def _inference():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
 

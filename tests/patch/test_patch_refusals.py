@@ -87,7 +87,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def _inference():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
 

@@ -34,7 +34,8 @@ def records_of(geometry: Geometry, chunks: U8, keys: Keys) -> U8:
     g = geometry
     view = chunks.reshape(len(chunks), g.layers, g.kv_heads, g.groups_per_chunk, g.record_bytes)
     group = keys["group"].astype(np.int64)
-    return view[group // g.groups_per_chunk, keys["layer"], keys["kv_head"], group % g.groups_per_chunk]
+    records: U8 = view[group // g.groups_per_chunk, keys["layer"], keys["kv_head"], group % g.groups_per_chunk]
+    return records
 
 
 @dataclass
