@@ -50,7 +50,7 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def daemon(  # noqa: PLR0917
+def daemon(
     context: typer.Context,
     nvme: Annotated[str | None, typer.Option(metavar="DIR", help="Keep K/V here; without it, in RAM only.")] = None,
     ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM arena, for example 4GiB.")] = None,

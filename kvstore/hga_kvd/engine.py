@@ -364,7 +364,7 @@ class Engine:
         found = checksums(self._residency.memory, starts, pool.slots.record_bytes, seeds.reshape(-1))
         return found.reshape(len(uids), layers, pool.slots.records)
 
-    def _commit_append(  # noqa: PLR0917
+    def _commit_append(
         self, session: Session, pool: Pool, first_chunk: int, slots: I64, uids: U64, sums: U64, token_ids: bytes
     ) -> int:
         if session.deleted:
@@ -554,13 +554,11 @@ class Engine:
                 self._stopping.wait(WRITE_RETRY_S)
 
     def _recover(self, disk: Disk, writeout: WriteOut) -> int:
-        damaged_records = recover(disk, writeout.segments, self._residency, self._log)
         try:
+            damaged_records = recover(disk, writeout.segments, self._residency, self._log)
             writeout.start()
         except OSError as error:
-            raise StartRefused(
-                f"the store cannot be written ({error}): check the device and its permissions"
-            ) from error
+            raise StartRefused(f"the store cannot be used ({error}): check the device and its permissions") from error
         if self._residency.sessions:
             self._log.info(
                 "recovered",

@@ -27,7 +27,9 @@ class S3Fifo:
     """Slots are numbers below `slot_count`. A key names the extent itself, so that it is known when it comes back."""
 
     def __init__(self, slot_count: int) -> None:
-        self._frequency = np.zeros(slot_count, np.uint8)
+        # One array, seen twice: single elements of a bytearray cost a quarter of numpy's.
+        self._count_of = bytearray(slot_count)
+        self._frequency = np.frombuffer(self._count_of, np.uint8)
         self._small: OrderedDict[int, int] = OrderedDict()  # slot -> key
         self._main: OrderedDict[int, int] = OrderedDict()
         self._ghost: OrderedDict[int, None] = OrderedDict()  # key
@@ -42,7 +44,7 @@ class S3Fifo:
     def admit(self, slots: Iterable[int], keys: Iterable[int]) -> None:
         """These slots now hold these clean extents and may be evicted."""
         for slot, key in zip(slots, keys, strict=True):
-            self._frequency[slot] = 0
+            self._count_of[slot] = 0
             if key in self._ghost:
                 del self._ghost[key]
                 self._main[slot] = key
@@ -57,20 +59,20 @@ class S3Fifo:
 
     def evict(self, count: int, pinned: npt.NDArray[np.integer]) -> list[int]:
         """Up to `count` slots to reuse now; fewer when the others are pinned (pinned[slot] != 0)."""
-        small, main, frequency = self._small, self._main, self._frequency
+        small, main, count_of, pins = self._small, self._main, self._count_of, pinned.data
         victims: list[int] = []
         passed_over: list[tuple[OrderedDict[int, int], int, int]] = []
         while len(victims) < count and (small or main):
             from_small = bool(small) and (not main or len(small) > SMALL_SHARE * (len(small) + len(main)))
             queue = small if from_small else main
             slot, key = queue.popitem(last=False)
-            if pinned[slot]:
+            if pins[slot]:
                 passed_over.append((queue, slot, key))
-            elif from_small and frequency[slot]:
-                frequency[slot] = 0
+            elif from_small and count_of[slot]:
+                count_of[slot] = 0
                 main[slot] = key
-            elif frequency[slot]:
-                frequency[slot] -= 1
+            elif count_of[slot]:
+                count_of[slot] -= 1
                 main[slot] = key
             else:
                 victims.append(slot)

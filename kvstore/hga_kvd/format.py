@@ -43,7 +43,7 @@ _FRAME_CHECKED_BYTES = _FRAME.size - 8
 FRAME_HEAD_BYTES = _FRAME.size
 
 
-class BadBytes(Exception):  # noqa: N818
+class BadBytes(Exception):
     """Bytes that are not what the format says, with the first reason found."""
 
 

@@ -33,7 +33,7 @@ _MFD_HUGE_2MB = 21 << 26
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class NotAttached(KvdError):  # noqa: N818
+class NotAttached(KvdError):
     """A call names a client that is not attached (any more). Attaching again helps; the old region is gone."""
 
 

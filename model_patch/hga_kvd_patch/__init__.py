@@ -7,7 +7,9 @@ with hga_kvd_patch.patched(model, session="my-document"):
 try:
     import torch as _torch  # noqa: F401
     import transformers as _transformers  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name not in ("torch", "transformers"):
+        raise
     raise ImportError('hga_kvd_patch needs torch and transformers: pip install "hga-kvd[patch]"') from error
 
 from hga_kvd_patch.cache import HgaCache

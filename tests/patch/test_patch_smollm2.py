@@ -28,7 +28,7 @@ def smollm2():
     try:
         import smollm2 as loader  # noqa: PLC0415 (bench is no package)
 
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         yield loader.load(WEIGHTS)
     finally:
         sys.path.remove(str(ROOT / "bench"))
