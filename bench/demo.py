@@ -49,13 +49,13 @@ class Run:
 
 
 @contextmanager
-def daemon(directory: Path, ram: str) -> Iterator[str]:
+def daemon(directory: Path, ram: str, *options: str) -> Iterator[str]:
     """A real daemon process on `directory`; yields its target; ends it with SIGTERM and checks that it ended well."""
     target = f"unix:{directory / 'kvd.sock'}"
     nvme = directory / "kv"
     nvme.mkdir()
     log = (directory / "daemon.log").open("wb")
-    command = [sys.executable, "-m", "hga_kvd", "--nvme", str(nvme), "--ram", ram, "--listen", target]
+    command = [sys.executable, "-m", "hga_kvd", "--nvme", str(nvme), "--ram", ram, "--listen", target, *options]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + START_S
