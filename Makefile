@@ -26,7 +26,7 @@ setup: $(VENV)/.ready
 
 # The main job, end to end: daemon, real model, real text, a comparison with dense. Results in build/demo/.
 demo: setup
-	$(BIN)/python bench/demo.py $(if $(TEXT),--text "$(TEXT)")
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/demo.py $(if $(TEXT),--text "$(TEXT)")
 
 test: lint types unit
 
@@ -38,7 +38,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
 
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/hga_kvd_proto/v1/kvd.proto

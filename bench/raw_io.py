@@ -102,8 +102,8 @@ def main(
         ratios = [
             f"{row[key]:.2f}" if row[key] is not None else "-" for key in ("of_fio", "of_fio_worst", "of_fio_best")
         ]
-        speed = f"{row['gb_per_s']:.2f}" if row["gb_per_s"] is not None else "-"
-        table.add_row(f"{row['read_bytes'] >> 10} KiB", row["pages"], row["by"], speed, *ratios)
+        absolute = f"{row['gb_per_s']:.2f}" if row["gb_per_s"] is not None else "-"
+        table.add_row(f"{row['read_bytes'] >> 10} KiB", row["pages"], row["by"], absolute, *ratios)
     Console().print(table)
     Console().print(f"appended to {path.relative_to(results.ROOT)}")
 
@@ -161,8 +161,8 @@ def fio_speed(job: str, memory_bytes: int, kind: str) -> float | None:
 
 
 def summary(speeds: dict[tuple[int, str], dict[str, list[float]]]) -> list[dict[str, Any]]:
-    def known(value: float, digits: int = 3) -> float | None:
-        return None if np.isnan(value) else round(float(value), digits)
+    def known(value: float) -> float | None:
+        return None if np.isnan(value) else round(float(value), 3)
 
     rows: list[dict[str, Any]] = []
     for (size, kind), of_case in speeds.items():
