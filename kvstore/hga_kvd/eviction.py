@@ -66,7 +66,7 @@ class S3Fifo:
             from_small = bool(small) and (not main or len(small) > SMALL_SHARE * (len(small) + len(main)))
             queue = small if from_small else main
             slot, key = queue.popitem(last=False)
-            if False:
+            if pins[slot]:
                 passed_over.append((queue, slot, key))
             elif from_small and count_of[slot]:
                 count_of[slot] = 0
