@@ -34,7 +34,8 @@ def fill(connection: Connection, chunks: int) -> tuple[int, np.ndarray]:
     session_id = connection.open("bench", GEOMETRY).session_id
     data = np.random.default_rng(1).integers(0, 256, (chunks, GEOMETRY.chunk_bytes), np.uint8)
     for first in range(0, chunks, 8):
-        connection.append(session_id, first, data[first : first + 8].reshape(-1), b"")
+        part = data[first : first + 8]
+        connection.append(session_id, first, len(part), part.reshape(-1))
         connection.flush(session_id)
     return session_id, data
 

@@ -15,7 +15,7 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Annotated, Any
 
@@ -109,6 +109,16 @@ def _stop_at_signals() -> SimpleQueue[int]:
     return stop
 
 
+def _wait(stop: SimpleQueue[int]) -> int:
+    """The first signal. Looks up now and then: one that another thread catches, or that comes just before the wait
+    begins, runs its handler only when this thread runs again."""
+    while True:
+        try:
+            return stop.get(timeout=0.2)
+        except Empty:
+            continue
+
+
 def _run(settings: config.Settings, log: FilteringBoundLogger, stop: SimpleQueue[int]) -> int:
     """Serves until `stop` gets something; returns the exit code. Raises: StartRefused."""
     # The I/O thread and the calls' threads hand the interpreter to each other; 5 ms would be a disk's whole batch.
@@ -198,7 +208,7 @@ def _serve(
         for target in server.targets:
             if not target.startswith(("unix:", "127.", "localhost:", "[::1]:")):
                 log.warning("anyone who reaches this address may read and delete K/V: there is no login", target=target)
-        number = stop.get()
+        number = _wait(stop)
         log.info("draining", signal=signal.Signals(number).name, grace_s=settings.grace_s)
 
 

@@ -13,7 +13,6 @@ steps, its parts do not know each other.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy.typing as npt
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from hga_kvd import misses
 from hga_kvd.arena import VALID, copy_records
 from hga_kvd.checksum import checksums, record_seeds, summary_seeds
 from hga_kvd.config import Settings
@@ -41,8 +41,9 @@ from hga_kvd.errors import (
 )
 from hga_kvd.format import KIND_BYTES_MAX
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
-from hga_kvd.index import LOST_ROW, NO_SEGMENT, Session, Summaries
-from hga_kvd.reads import Items, read, read_again, read_verified
+from hga_kvd.index import Session, Summaries
+from hga_kvd.misses import Misses
+from hga_kvd.reads import Items, read_verified
 from hga_kvd.residency import Pool, Residency, locate, out_of_range
 from hga_kvd.segments import Segment, SegmentLog
 from hga_kvd.startup import recover
@@ -121,20 +122,6 @@ class _Counters:
     appended_bytes: int = 0
     flushes: int = 0
     damaged_records: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Misses:
-    """What a fetch reads from disk. Item i also goes to a record of the arena where slots[i] is not 0."""
-
-    items: Items
-    segments: tuple[Segment, ...]  # pinned
-    slots: I64
-    records: I64
-    pinned_slots: I64
-    copies_to: I64  # keys that ask for the same record as an item does ...
-    copies_of: I64  # ... and which item
-    lost: I64  # keys whose chunk recovery could not find
 
 
 class Engine:
@@ -235,8 +222,12 @@ class Engine:
         with self._lock:
             sessions = [s.session_id for s in self._residency.sessions.values() if s.temporary and s.owner == owner]
         for session_id in sessions:
-            with contextlib.suppress(SessionNotFound):
+            try:
                 self.delete(session_id)
+            except SessionNotFound:
+                continue
+            except KvdError as error:  # nobody is there to be told
+                self._log.warning("delete failed", session=session_id, error=str(error))
 
     def list(self) -> list[SessionInfo]:
         with self._lock:
@@ -317,8 +308,10 @@ class Engine:
                     f"{len(token_ids)} bytes of token ids; {chunk_count} chunks are "
                     f"{4 * chunk_count * geometry.chunk_tokens} bytes, or none if unknown"
                 )
-            if session.appending:
-                raise AppendOutOfOrder(f"another append to session {session_id} is under way; wait for it")
+            if session.appending or session.chunk_count != first_chunk:
+                raise AppendOutOfOrder(
+                    f"another append to session {session_id} is under way or came first; wait for it"
+                )
             session.appending = True
             uids = np.arange(chunk_count, dtype=np.uint64) + np.uint64(self._residency.next_chunk_uid)
             self._residency.next_chunk_uid += chunk_count
@@ -413,30 +406,34 @@ class Engine:
             hits = slot_of if all_hit else slot_of[hit]
             slots.pin(hits)
             pool.policy.touch(hits)
-            misses = None if all_hit else self._plan_misses(pool, rows, layers, records, np.flatnonzero(~hit))
+            missing = None
+            if not all_hit:
+                assert self._writeout is not None
+                log = self._writeout.segments
+                missing = misses.plan(self._residency, log, pool, rows, layers, records, missing=np.flatnonzero(~hit))
         bad = keep = None
         try:
-            if misses is None:
+            if missing is None:
                 slots.gather(hits, records, destination)
             else:
                 at = np.flatnonzero(hit) * slots.record_bytes
                 starts = slots.starts(hits, records[hit])
                 copy_records(self._residency.memory, starts, destination.data, at, slots.record_bytes)
-                bad, keep = self._read_misses(pool, misses, destination)
+                assert self._disk is not None
+                bad, keep = misses.bring(self._disk, self._residency, pool, missing, destination)
         finally:
             with self._lock:
                 slots.unpin(hits)
-                if misses is not None:
-                    self._residency.end_reads(pool, misses.slots, misses.records, keep, misses.pinned_slots)
-                    self._unpin_segments(misses.segments)
+                if missing is not None:
+                    misses.end(self._residency, log, pool, missing, keep)
                 counters = self._counters
                 counters.fetches += 1
                 counters.fetched_ram_records += len(hits)
                 counters.fetched_ram_bytes += len(hits) * slots.record_bytes
-        if misses is None:
+        if missing is None:
             return Fetched(None, count, 0)
         assert bad is not None
-        return self._judge_misses(session, keys, misses, bad, len(hits))
+        return self._judge(session, keys, missing, bad, len(hits))
 
     def _check_fetch_size(self, count: int, record_bytes: int) -> None:
         settings = self._settings
@@ -447,71 +444,17 @@ class Engine:
                 f"a fetch of {count * record_bytes} bytes; at most {settings.fetch_bytes_max} are allowed: split it"
             )
 
-    def _plan_misses(self, pool: Pool, rows: I64, layers: I64, records: I64, missing: I64) -> _Misses:
-        """Places of the missing keys in disk order, and slots to keep them in. Everything named in it is pinned."""
-        table, slots = pool.table, pool.slots
-        lost = missing[rows[missing] == LOST_ROW]
-        missing = missing[rows[missing] != LOST_ROW]
-        segment_of = table.segment[rows[missing]]
-        assert (segment_of != NO_SEGMENT).all(), "a dirty chunk without its slots"
-        offset = table.offset[rows[missing]] + layers[missing] * slots.stride + records[missing] * slots.record_bytes
-        order = np.lexsort((offset, segment_of))
-        missing, segment_of, offset = missing[order], segment_of[order], offset[order]
-        first = np.ones(len(missing), bool)
-        first[1:] = (np.diff(segment_of) != 0) | (np.diff(offset) != 0)
-        item_of = np.cumsum(first) - 1
-        keys = missing[first]
-        segments, handles = self._pin_segments(segment_of[first])
-        row, layer, record = rows[keys], layers[keys], records[keys]
-        target, pinned = self._residency.claim_for_reads(pool, row, layer, record)
-        seeds, expected = record_seeds(table.uid[row], layer, record), table.checksums[row, layer, record]
-        items = Items(slots.record_bytes, handles, offset[first], keys, seeds, expected)
-        return _Misses(items, segments, target, record, pinned, missing[~first], item_of[~first], lost)
-
-    def _pin_segments(self, segment_of: I64) -> tuple[tuple[Segment, ...], I64]:
-        """The segments, none of which is removed until they are unpinned, and each item's handle."""
-        handles = np.zeros(len(segment_of), np.int64)
-        segments = []
-        for segment_id in np.unique(segment_of).tolist():
-            assert self._writeout is not None
-            segment = self._writeout.segments.segments[segment_id]
-            segment.pins += 1
-            segments.append(segment)
-            handles[segment_of == segment_id] = segment.handle
-        return tuple(segments), handles
-
-    def _unpin_segments(self, segments: tuple[Segment, ...]) -> None:
-        for segment in segments:
-            segment.pins -= 1
-
-    def _read_misses(self, pool: Pool, misses: _Misses, destination: U8) -> tuple[Bools, Bools]:
-        """Reads all items into the destination and the arena. Returns which are bad, and which the arena may keep."""
-        assert self._disk is not None
-        items, size, memory = misses.items, pool.slots.record_bytes, self._residency.memory
-        bad = read(self._disk, items, destination)
-        # The destination is a client's memory and may change at any time, so what the arena keeps is verified in the
-        # arena, after it was copied there. Once is enough: the destination has the same bytes unless its owner wrote.
-        kept, at = misses.slots != 0, items.positions * size
-        starts = pool.slots.starts(misses.slots[kept], misses.records[kept])
-        copy_records(destination.data, at[kept], memory, starts, size)
-        bad[kept] |= items.wrong(kept, memory, starts)
-        bad[~kept] |= items.wrong(~kept, destination.data, at[~kept])
-        keep = kept & ~bad
-        read_again(self._disk, items, bad, destination)
-        copy_records(destination.data, at[misses.copies_of], destination.data, misses.copies_to * size, size)
-        return bad, keep
-
-    def _judge_misses(self, session: Session, keys: Keys, misses: _Misses, bad: Bools, ram_records: int) -> Fetched:
+    def _judge(self, session: Session, keys: Keys, missing: Misses, bad: Bools, ram_records: int) -> Fetched:
         statuses = np.zeros(len(keys), np.uint8)
-        statuses[misses.lost] = STATUS_DAMAGED
-        statuses[misses.items.positions[bad]] = STATUS_DAMAGED
-        statuses[misses.copies_to[bad[misses.copies_of]]] = STATUS_DAMAGED
+        statuses[missing.lost] = STATUS_DAMAGED
+        statuses[missing.items.positions[bad]] = STATUS_DAMAGED
+        statuses[missing.copies_to[bad[missing.copies_of]]] = STATUS_DAMAGED
         damaged = int(np.count_nonzero(statuses))
         read = len(keys) - ram_records - damaged
         with self._lock:
             self._counters.fetched_nvme_records += read
-            self._counters.fetched_nvme_bytes += read * misses.items.item_bytes
-            found = {tuple(key) for key in keys[misses.items.positions[bad]].tolist()} - session.damaged
+            self._counters.fetched_nvme_bytes += read * missing.items.item_bytes
+            found = {tuple(key) for key in keys[missing.items.positions[bad]].tolist()} - session.damaged
             session.damaged |= found
             session.damaged_records += len(found)
             self._counters.damaged_records += len(found)
@@ -661,17 +604,22 @@ class Engine:
             result = np.zeros(count * size, np.uint8)
             positions = summaries.copy_from_ram(first_chunk, result)
             chunks = first_chunk + positions
-            segments, handles = self._pin_segments(summaries.segment[chunks])
+            segments: tuple[Segment, ...] = ()
+            handles = np.zeros(0, np.int64)
+            if len(chunks):
+                assert self._writeout is not None
+                segments, handles = self._writeout.segments.pin(summaries.segment[chunks])
             seeds, expected = summary_seeds(session_id, kind, chunks), summaries.checksum[chunks]
             items = Items(size, handles, summaries.offset[chunks], positions, seeds, expected)
         if not len(items):
             return count, result.tobytes()
         assert self._disk is not None
+        assert self._writeout is not None
         try:
             bad = read_verified(self._disk, items, result)
         finally:
             with self._lock:
-                self._unpin_segments(segments)
+                self._writeout.segments.unpin(segments)
         if bad.any():
             chunk = first_chunk + int(items.positions[bad].min())
             self._log.error("summary damaged", session=session_id, kind=kind, chunk=chunk)

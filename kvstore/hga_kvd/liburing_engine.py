@@ -2,13 +2,16 @@
 
 Simple on purpose: one ring, one call at a time. The binding keeps the interpreter lock while it waits, so callers could
 not overlap anyhow, and every other thread of the process stands still meanwhile (DESIGN section 4).
+
+The ring belongs to a thread of its own: signal handlers run in the main thread only, so no exception of theirs can part
+the binding's calls from our notes of what is in flight.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import liburing
 import numpy as np
@@ -23,35 +26,39 @@ class LiburingEngine:
     def __init__(self, queue_depth: int) -> None:
         self._queue_depth = queue_depth
         self._callers = Callers()
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "liburing-io")
         self._ring = liburing.Ring()
         self._cqe = liburing.Cqe()
-        try:
-            liburing.io_uring_queue_init(queue_depth, self._ring)
+        try:  # also starts the thread: an interrupted start would leave the pool with a second one
+            self._thread.submit(liburing.io_uring_queue_init, queue_depth, self._ring).result()
         except OSError as error:
+            self._thread.shutdown()
             raise EngineUnavailable(f"liburing: {error.strerror}", error.errno or 0) from error
 
     def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
-        results = np.zeros(len(fds), np.int64)
-        rows = list(zip(fds.tolist(), addresses.tolist(), lengths.tolist(), offsets.tolist(), strict=True))
-        vectors: dict[int, object] = {}  # by row; the kernel reads an entry's vector when it is submitted
-        with self._callers, self._lock:
-            queued = 0
+        with self._callers:
             try:
-                while queued < len(rows) or vectors:
-                    while queued < len(rows) and len(vectors) < self._queue_depth:
-                        vectors[queued] = self._queue(write, queued, rows[queued])
-                        queued += 1
-                    self._complete(results, vectors)
+                return self._thread.submit(self._run, write, fds, offsets, addresses, lengths).result()
             except BaseException:
-                while vectors:
-                    self._complete(results, vectors)
+                self._thread.submit(int).result()  # an interrupt: this comes after our batch, if that was handed over
                 raise
-        return results
 
     def shutdown(self) -> None:
         self._callers.close()
+        self._thread.shutdown()
         liburing.io_uring_queue_exit(self._ring)
+
+    def _run(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
+        results = np.zeros(len(fds), np.int64)
+        rows = list(zip(fds.tolist(), addresses.tolist(), lengths.tolist(), offsets.tolist(), strict=True))
+        vectors: dict[int, object] = {}  # by row, in flight; the kernel reads an entry's vector when it is submitted
+        queued = 0
+        while queued < len(rows) or vectors:
+            while queued < len(rows) and len(vectors) < self._queue_depth:
+                vectors[queued] = self._queue(write, queued, rows[queued])
+                queued += 1
+            self._complete(results, vectors)
+        return results
 
     def _queue(self, write: bool, row: int, transfer: tuple[int, int, int, int]) -> object:
         fd, address, length, offset = transfer
@@ -76,6 +83,6 @@ class LiburingEngine:
                 results[entry.user_data] = entry.res
             except OSError as error:  # how the binding says a negative result
                 results[entry.user_data] = -(error.errno or errno.EIO)
-            vectors.pop(entry.user_data, None)
+            del vectors[entry.user_data]
             ready += 1
         liburing.io_uring_cq_advance(self._ring, ready)

@@ -58,13 +58,13 @@ class PosixEngine:
             return np.zeros(0, np.int64)
         batch = _Batch(write, fds, offsets, addresses, lengths)
         with self._callers:
-            with self._more:
-                self._waiting.append(batch)
-                self._more.notify(min(len(fds), len(self._threads)))
             try:
+                with self._more:
+                    self._waiting.append(batch)
+                    self._more.notify(min(len(fds), len(self._threads)))
                 batch.done.acquire()
-            except BaseException:  # an interrupt: the memory is not the caller's before the last transfer has landed
-                batch.done.acquire()
+            except BaseException:
+                self._abandon(batch)
                 raise
         return np.array(batch.results, np.int64)
 
@@ -75,6 +75,17 @@ class PosixEngine:
             self._more.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _abandon(self, batch: _Batch) -> None:
+        """After an interrupt, wherever it struck: what has not started never will, and the rest is waited for."""
+        with self._more:
+            if batch in self._waiting:
+                self._waiting.remove(batch)
+            batch.unfinished -= batch.unstarted
+            batch.unstarted = 0
+            under_way = batch.unfinished
+        if under_way:
+            batch.done.acquire()
 
     def _work(self) -> None:
         while True:

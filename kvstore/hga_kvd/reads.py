@@ -100,6 +100,8 @@ def _first_of_run(handles: I64, offsets: I64, record_bytes: int) -> Bools:
 
 def read(disk: Disk, items: Items, destination: U8) -> Bools:
     """Disk to destination, unverified. Returns which items the device could not read."""
+    if not len(items):
+        return np.zeros(0, bool)
     size, alignment, address = items.item_bytes, disk.alignment, address_of(destination)
     if not (size | address) % alignment and not (items.offsets % alignment).any():
         reads = direct(items.handles, items.offsets, address + items.positions * size, size)

@@ -209,6 +209,19 @@ class SegmentLog:
         self.open.state = state
         self.open = None
 
+    def pin(self, segment_of: I64) -> tuple[tuple[Segment, ...], I64]:
+        """These segments, none of which is removed before `unpin`, and the handle of each item's."""
+        handles = np.zeros(len(segment_of), np.int64)
+        segments = tuple(self.segments[segment_id] for segment_id in np.unique(segment_of).tolist())
+        for segment in segments:
+            segment.pins += 1
+            handles[segment_of == segment.segment_id] = segment.handle
+        return segments, handles
+
+    def unpin(self, segments: tuple[Segment, ...]) -> None:
+        for segment in segments:
+            segment.pins -= 1
+
     def drop_dead(self, damaged_too: bool) -> list[Segment]:
         """Takes segments out of the log that hold nothing live and that nobody reads; `erase` them, manifest first."""
         dead = [s for s in self.segments.values() if not s.live and not s.pins and (damaged_too or not s.damaged)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hga_kvd.checksum import checksum
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.errors import StartRefused, StorageFull, WriteFailed
-from hga_kvd.format import decode_manifest, encode_segment_header
+from hga_kvd.format import decode_manifest, encode_manifest, encode_segment_header
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.testing.simdisk import SimDisk
 from hga_kvd.testing.workload import records_of
@@ -293,6 +294,23 @@ def test_a_failed_write_poisons_its_segment_and_is_tried_again(operation: str) -
     assert [(s.segment_id, s.state) for s in segments] == [(1, "poisoned"), (2, "open")]
     assert segments[0].used_bytes == 4096 + 3 * FRAME
     check(make(disk.crash()), 4)
+
+
+def test_a_chunk_in_two_segments_counts_where_it_is_newer() -> None:
+    disk = SimDisk()
+    engine = filled(disk, 3)
+    engine.append(1, 3, 1, CHUNKS[3], b"")
+    disk.fail("sync", 1)
+    engine.flush(1)
+    engine.shutdown()
+    # As if the manifest had not learned that the sync of the first segment failed.
+    manifest = decode_manifest(disk.get("MANIFEST"))
+    first = replace(manifest.segments[0], used_bytes=4096 + 4 * FRAME)
+    disk.put("MANIFEST", encode_manifest(replace(manifest, segments=(first, *manifest.segments[1:]))))
+    engine = make(disk)
+    check(engine, 4)
+    assert engine._writeout is not None
+    assert [segment.live for segment in engine._writeout.segments.segments.values()] == [3, 1]
 
 
 def test_failing_twice_is_said_and_the_data_stays() -> None:

@@ -6,7 +6,6 @@ It is strict about what it is given, and it remembers the sizes of the blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +25,12 @@ class Stored:
 
 
 class DenseSession:
-    def __init__(self, client: DenseClient, name: str | None, geometry: Geometry) -> None:
+    def __init__(self, client: DenseClient, name: str | None, geometry: Geometry, like: Tensor) -> None:
         self.client, self.name, self.geometry = client, name or "", geometry
         self.tokens = 0
         self.blocks: list[int] = []
         self.closed = False
-        empty = torch.empty(geometry.kv_heads, 0, geometry.head_dim)
+        empty = like.new_empty(geometry.kv_heads, 0, geometry.head_dim)
         self.layers = [(empty, empty) for _ in range(geometry.layers)]
         self._ids: list[np.ndarray] | None = []
         self._noted: np.ndarray | None = None
@@ -70,7 +69,7 @@ class DenseSession:
         k, v = self.layers[layer]
         ratio, tokens = q.shape[0] // k.shape[0], q.shape[1]
         scores = q @ k.repeat_interleave(ratio, 0).transpose(1, 2) * scale
-        hidden = torch.ones(tokens, k.shape[1], dtype=torch.bool).triu(1 + k.shape[1] - tokens)
+        hidden = torch.ones(tokens, k.shape[1], dtype=torch.bool, device=q.device).triu(1 + k.shape[1] - tokens)
         return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v.repeat_interleave(ratio, 0)
 
     def token_ids(self) -> np.ndarray:
@@ -103,9 +102,10 @@ class DenseClient:
         geometry: Geometry,
         rope: Rope,
         options: SessionOptions,
-        *_: Any,  # device and dtype
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> DenseSession:
-        self.sessions.append(DenseSession(self, name, geometry))
+        self.sessions.append(DenseSession(self, name, geometry, torch.empty(0, device=device, dtype=dtype)))
         return self.sessions[-1]
 
     def close(self) -> None:
