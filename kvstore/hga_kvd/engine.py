@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,8 @@ SUMMARY_BYTES_MIN = 64 << 20
 CLAIM_WAIT_S = 0.02
 CLAIM_WAITS_MAX = 500
 WRITE_RETRY_S = 1.0
+# Read parts of large fetches beside the calling threads; they share the queue depth of the disk.
+READER_THREADS = 2
 
 STATUS_DAMAGED = 1
 
@@ -148,6 +151,7 @@ class Engine:
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="read")  # started when first used
         if disk is None:
             return
         segments = SegmentLog(disk, settings.segment_bytes, settings.nvme_max, settings.nvme_reserve)
@@ -420,7 +424,7 @@ class Engine:
                 starts = slots.starts(hits, records[hit])
                 copy_records(self._residency.memory, starts, destination.data, at, slots.record_bytes)
                 assert self._disk is not None
-                bad, keep = misses.bring(self._disk, self._residency, pool, missing, destination)
+                bad, keep = misses.bring(self._disk, self._readers, self._residency, pool, missing, destination)
         finally:
             with self._lock:
                 slots.unpin(hits)
@@ -518,6 +522,7 @@ class Engine:
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
+        self._readers.shutdown()
         if self._writeout is None or self._disk is None:
             return
         try:

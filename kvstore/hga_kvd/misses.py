@@ -6,6 +6,7 @@ segments) is pinned in the meantime. Bytes become VALID in the arena only after 
 
 from __future__ import annotations
 
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,9 @@ from hga_kvd.segments import Segment, SegmentLog
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+# What is verified and kept at once, while more is read: 32 records of 32 KiB.
+PART_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,21 +66,45 @@ def plan(
     return Misses(items, segments, target, record, pinned, missing[~first], item_of[~first], lost)
 
 
-def bring(disk: Disk, residency: Residency, pool: Pool, misses: Misses, destination: U8) -> tuple[Bools, Bools]:
-    """Reads all items into the destination and the arena. Returns which are bad, and which the arena may keep."""
-    items, size, memory = misses.items, pool.slots.record_bytes, residency.memory
-    bad = read(disk, items, destination)
-    # The destination is a client's memory and may change at any time, so what the arena keeps is verified in the
-    # arena, after it was copied there. Once is enough: the destination has the same bytes unless its owner wrote.
-    kept, at = misses.slots != 0, items.positions * size
-    starts = pool.slots.starts(misses.slots[kept], misses.records[kept])
-    copy_records(destination.data, at[kept], memory, starts, size)
-    bad[kept] |= items.wrong(kept, memory, starts)
-    bad[~kept] |= items.wrong(~kept, destination.data, at[~kept])
-    keep = kept & ~bad
+def bring(
+    disk: Disk, readers: Executor, residency: Residency, pool: Pool, misses: Misses, destination: U8
+) -> tuple[Bools, Bools]:
+    """Reads all items into the destination and the arena. Returns which are bad, and which the arena may keep.
+
+    Large calls are read in parts, so that one part is verified while the next ones are under way.
+    """
+    items, size = misses.items, pool.slots.record_bytes
+    step = max(1, PART_BYTES // size)
+    parts = [slice(first, first + step) for first in range(0, len(items), step)]
+    bad, keep = np.zeros(len(items), bool), misses.slots != 0
+    pending = [readers.submit(read, disk, items.part(part), destination) for part in parts[:-1]]
+    try:
+        # This thread reads the last part itself: a call of one part, as decode steps make, never waits for another.
+        last = [read(disk, items.part(part), destination) for part in parts[-1:]]
+        for i, part in enumerate(parts):
+            bad[part] = pending[i].result() if i < len(pending) else last[0]
+            bad[part] |= _keep(residency, pool, misses, part, destination)
+    finally:
+        wait(pending)  # nothing may be unpinned while the disk still writes to it
+    keep &= ~bad
     read_again(disk, items, bad, destination)
+    at = items.positions * size
     copy_records(destination.data, at[misses.copies_of], destination.data, misses.copies_to * size, size)
     return bad, keep
+
+
+def _keep(residency: Residency, pool: Pool, misses: Misses, part: slice, destination: U8) -> Bools:
+    """Copies a part to its slots and verifies it. Returns which items of it are wrong."""
+    items, slots, size, memory = misses.items.part(part), misses.slots[part], pool.slots.record_bytes, residency.memory
+    # The destination is a client's memory and may change at any time, so what the arena keeps is verified in the
+    # arena, after it was copied there. Once is enough: the destination has the same bytes unless its owner wrote.
+    kept, at = slots != 0, items.positions * size
+    starts = pool.slots.starts(slots[kept], misses.records[part][kept])
+    copy_records(destination.data, at[kept], memory, starts, size)
+    wrong = np.zeros(len(items), bool)
+    wrong[kept] = items.wrong(kept, memory, starts)
+    wrong[~kept] = items.wrong(~kept, destination.data, at[~kept])
+    return wrong
 
 
 def end(residency: Residency, log: SegmentLog, pool: Pool, misses: Misses, keep: Bools | None) -> None:

@@ -41,7 +41,13 @@ class Items:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def part(self, at: slice) -> Items:
+        """Some of the items, to the same positions."""
+        columns = (self.handles[at], self.offsets[at], self.positions[at], self.seeds[at], self.expected[at])
+        return Items(self.item_bytes, *columns)
+
     def one(self, i: int) -> Items:
+        """One item, to position 0."""
         at = slice(i, i + 1)
         first = np.zeros(1, np.int64)
         return Items(self.item_bytes, self.handles[at], self.offsets[at], first, self.seeds[at], self.expected[at])
