@@ -1,4 +1,4 @@
-"""The command `hga-kvd`: runs the daemon, or asks one how it is.
+"""The command `hga-kvd`: runs the daemon; what else it can do stands in `commands/`.
 
 Only this file owns process state: signals, the umask, the interpreter's switch interval, what is printed. SIGTERM and
 SIGINT drain: no new calls, those in flight finish within grace_s, everything is flushed, exit 0. A second signal exits
@@ -8,7 +8,6 @@ at once with 1. A start that is refused says why in one line on stderr and exits
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 import sys
@@ -17,24 +16,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 # gRPC's C core prints lines of its own, in its own format; it reads this when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-import grpc
 import typer
-from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from structlog.typing import FilteringBoundLogger
 
 from hga_kvd import __version__, config, listen
+from hga_kvd.commands import COMMANDS
 from hga_kvd.engine import Engine
 from hga_kvd.errors import KvdError, StartRefused
 from hga_kvd.filedisk import make_disk
-from hga_kvd.geometry import Geometry
 from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing
 from hga_kvd.log import make_log
@@ -43,6 +37,8 @@ from hga_kvd.server import Server
 from hga_kvd.service import KvdService
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:
@@ -210,106 +206,6 @@ def _serve(
                 log.warning("anyone who reaches this address may read and delete K/V: there is no login", target=target)
         number = _wait(stop)
         log.info("draining", signal=signal.Signals(number).name, grace_s=settings.grace_s)
-
-
-@app.command()
-def stat(
-    target: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", envvar="HGA_KVD_TARGET", help="Which daemon; default: this user's.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Shows the counters and sessions of a running daemon."""
-    try:
-        address = config.parse_target(target) if target else config.default_listen()
-    except ValueError as error:
-        print(f"hga-kvd: option --target: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    options = (("grpc.max_receive_message_length", -1),)
-    with grpc.insecure_channel(address, options=options) as channel:
-        stub = kvd_pb2_grpc.KvdStub(channel)  # type: ignore[no-untyped-call]
-        try:
-            stats = stub.Stat(kvd_pb2.StatRequest(), timeout=10)
-            sessions: list[kvd_pb2.SessionInfo] = []
-            more = True
-            while more:
-                after = sessions[-1].session_id if sessions else 0
-                page = stub.List(kvd_pb2.ListRequest(after_session_id=after), timeout=10)
-                sessions += page.sessions
-                more = page.more
-        except grpc.RpcError as error:
-            print(f"hga-kvd: no answer from {address}: {error.details()}", file=sys.stderr)
-            raise typer.Exit(1) from None
-    if as_json:
-        print(json.dumps({**_plain(stats), "session_list": [_plain(session) for session in sessions]}, indent=2))
-    else:
-        _show(address, stats, sessions)
-
-
-def _plain(message: Any) -> dict[str, Any]:
-    """Fields under their names in the proto, numbers as numbers: protobuf's own JSON writes 64-bit ones as strings."""
-    values = {}
-    for field in message.DESCRIPTOR.fields:
-        value = getattr(message, field.name)
-        if field.message_type is None and not isinstance(value, bytes):
-            values[field.name] = value
-        elif field.message_type is not None and message.HasField(field.name):
-            values[field.name] = _plain(value)
-    return values
-
-
-def _show(address: str, stats: kvd_pb2.StatResponse, sessions: list[kvd_pb2.SessionInfo]) -> None:
-    console = Console()
-    up = int(stats.uptime_s)
-    facts = Table(show_header=False, box=None, title=f"hga-kvd {stats.version} at {address}", title_justify="left")
-    for name, value in (
-        ("up", f"{up // 3600}:{up // 60 % 60:02}:{up % 60:02}"),
-        ("I/O engine", stats.io_engine),
-        (
-            "RAM",
-            f"{_size(stats.ram_bytes_used)} of {_size(stats.ram_bytes_max)}, {_size(stats.ram_bytes_dirty)} to write",
-        ),
-        (
-            "NVMe",
-            f"{_size(stats.nvme_bytes_used)} of {_size(stats.nvme_bytes_max)}, {_size(stats.written_bytes)} written",
-        ),
-        ("appended", f"{_size(stats.appended_bytes)}, {stats.flushes} flushes"),
-        (
-            "fetched",
-            f"{stats.fetches} calls; RAM {stats.fetched_ram_records} records, {_size(stats.fetched_ram_bytes)}; "
-            f"NVMe {stats.fetched_nvme_records} records, {_size(stats.fetched_nvme_bytes)}",
-        ),
-        ("evicted", f"{stats.evicted_extents} extents"),
-        ("damaged", f"{stats.damaged_records} records"),
-        ("clients", f"{stats.attached_clients} with shared memory"),
-    ):
-        facts.add_row(name, value)
-    console.print(facts)
-    table = Table(title=f"{len(sessions)} sessions", title_justify="left")
-    for heading in ("id", "name", "tokens", "durable", "K/V", "geometry", "damaged"):
-        table.add_column(heading, justify="left" if heading in ("name", "geometry") else "right")
-    for session in sessions:
-        g = session.geometry
-        chunk_bytes = Geometry(g.layers, g.kv_heads, g.head_dim, g.dtype, g.chunk_tokens, g.group_tokens).chunk_bytes
-        table.add_row(
-            str(session.session_id),
-            Text("(temporary)", style="dim") if session.temporary else Text(session.name),
-            str(session.chunk_count * g.chunk_tokens),
-            str(session.durable_chunk_count * g.chunk_tokens),
-            _size(session.chunk_count * chunk_bytes),
-            f"{g.layers} x {g.kv_heads} x {g.head_dim} {g.dtype}",
-            str(session.damaged_records),
-        )
-    if sessions:
-        console.print(table)
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024  # type: ignore[assignment]
-    return f"{count:.4g} TiB"
 
 
 if __name__ == "__main__":

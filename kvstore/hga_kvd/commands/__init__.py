@@ -1,0 +1,12 @@
+"""The commands of `hga-kvd` beside the daemon itself, one file each. They may print; they own no process state.
+
+Exit codes: 0 done and sound, 1 done and something is wrong (it is named), 2 refused: the arguments, or nothing was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hga_kvd.commands.stat import stat
+
+COMMANDS: dict[str, Callable[..., None]] = {"stat": stat}
