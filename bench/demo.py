@@ -180,6 +180,7 @@ def main(
     generate: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 64,
     ram: Annotated[str, typer.Option(help="arena of the daemon; smaller than the K/V, so that NVMe is read")] = "96MiB",
     bank: Annotated[int, typer.Option(help="bank groups a layer and KV head")] = 64,
+    record: Annotated[bool, typer.Option(help="also add a line to bench/results/demo.jsonl")] = False,
 ) -> None:
     """Runs the demo; writes build/demo/report.json and build/demo/routing.png."""
     source = text or Path(sys.modules["argparse"].__file__ or "")
@@ -236,7 +237,8 @@ def main(
         f"what SmolLM2 opened in {source.name}: {100 * stats.fetched_fraction:.1f} % of the routable groups",
     )
     show(report, dense, routed)
-    results.append("demo", {"text": source.name, "ram": ram, "bank_groups": bank}, report, out)
+    if record:
+        results.append("demo", {"text": source.name, "ram": ram, "bank_groups": bank}, report, out)
     console.print(f"written: {out / 'report.json'}, {out / 'routing.png'}")
 
 
