@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hga_kvd_patch.attention import NAME, STEP
+from hga_kvd_patch.attention import NAME, STEP, register
 from hga_kvd_patch.cache import Block, Held, HgaLayer
 from hga_kvd_patch.errors import ModelRefused, PatchError
 
@@ -59,6 +59,7 @@ def examine(model: PreTrainedModel) -> ModelFacts:
     parameter = next(decoder.parameters())
     layers = int(decoder.config.num_hidden_layers)
     before = decoder.config._attn_implementation
+    register()
     decoder.config._attn_implementation = NAME
     try:
         rotated = _run_probe(decoder, layers, len(_PROBE_POSITIONS), torch.tensor(_PROBE_POSITIONS)[:, None])

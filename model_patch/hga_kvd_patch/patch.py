@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from hga_kvd_patch.attention import NAME, STEP, register
+from hga_kvd_patch.attention import NAME, STEP
 from hga_kvd_patch.cache import HgaCache
 from hga_kvd_patch.errors import (
     AlreadyPatched,
@@ -310,7 +310,6 @@ def patch(
         raise PatchError(
             f"prefill_block is {prefill_block}; it must be at least 2, because one token alone is a decode step"
         )
-    register()
     facts = examine(model)
     client = target if target is not None and not isinstance(target, str) else connect(target, **connection_options)
     try:

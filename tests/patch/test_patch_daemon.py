@@ -34,7 +34,7 @@ def greedy(model, ids, tokens, **arguments):
     return model.generate(ids, max_new_tokens=tokens, do_sample=False, **arguments)
 
 
-@pytest.mark.parametrize("family", tiny.FOUR)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_all_groups_give_dense_logits(family, daemon):
     model, ids = tiny.make(family), tiny.text(PROMPT + STEPS)
     expected = model(ids, use_cache=False).logits
@@ -50,6 +50,23 @@ def test_all_groups_give_dense_logits(family, daemon):
         assert session.stats.opened_groups == session.stats.routable_groups > 0
         assert session.tokens == PROMPT + STEPS
         assert torch.equal(greedy(model, ids[:, :PROMPT], 16), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_near_as_the_unpatched_model(dtype, daemon):
+    """Both round in their own places, so neither is the other's reference: the float32 model is."""
+    model, ids = tiny.make("qwen3"), tiny.text(PROMPT + 8)
+    exact = model(ids, use_cache=False).logits[:, PROMPT - 1 :]
+    model = model.to(dtype)
+    unpatched = model(ids, use_cache=False).logits[:, PROMPT - 1 :].float()
+    with hga_kvd_patch.patched(model, daemon().target, options=ALL) as state:
+        assert state.geometry.dtype == str(dtype).removeprefix("torch.")
+        out = model(ids[:, :PROMPT])
+        ours = [out.logits[:, -1]]
+        for column in range(PROMPT, PROMPT + 8):
+            ours.append(model(ids[:, column : column + 1], past_key_values=out.past_key_values).logits[:, 0])
+    error = (torch.stack(ours, 1).float() - exact).norm()
+    assert error <= 1.2 * (unpatched - exact).norm()
 
 
 def test_generate_with_left_padding_equals_unpatched(daemon):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import hga_kvd_patch
 import pytest
 import tiny
@@ -115,6 +118,13 @@ def test_encoder_decoder():
 def test_not_a_model_of_transformers():
     with pytest.raises(ModelRefused, match="Linear is not a transformers PreTrainedModel"):
         hga_kvd_patch.patch(nn.Linear(2, 2), DenseClient())
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_import_without_an_extra_names_it(missing):
+    program = f"import sys; sys.modules[{missing!r}] = None; import hga_kvd_patch"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.stderr.endswith('hga_kvd_patch needs torch and transformers: pip install "hga-kvd[patch]"\n')
 
 
 # Models whose config says nothing, so that only the probe can tell. Each takes a Llama and breaks one thing.

@@ -14,7 +14,7 @@ from hga_kvd_client import SessionOptions
 ROOT = Path(__file__).parents[2]
 WEIGHTS = Path(os.environ.get("HGA_KVD_MODEL_DIR", ROOT / "build" / "model"))
 TEXT = ROOT / "kvstore" / "hga_kvd" / "format.py"
-PROMPT, STEPS = 1000, 12
+PROMPT, STEPS = 1100, 64
 
 pytestmark = [
     pytest.mark.model,
@@ -43,20 +43,22 @@ def test_dense_routed_and_by_name(smollm2, daemon):
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits[0]
         for router in ("all", "hga"):
-            options = SessionOptions(router=router, topk_chunks=4, topk_groups=4)
+            options = SessionOptions(router=router, topk_chunks=4, topk_groups=4, bank_groups=16)
             with hga_kvd_patch.patched(model, target, options=options, prefill_block=500) as state:
                 cache = state.new_cache(router)
-                logits = [model(ids[:, :PROMPT], past_key_values=cache).logits[0, -1:]]
-                for column in range(PROMPT, PROMPT + STEPS - 1):
+                prefill = model(ids[:, :PROMPT], past_key_values=cache).logits[0]
+                logits = [prefill[-1:]]
+                for column in range(PROMPT, PROMPT + STEPS):
                     logits.append(model(ids[:, column : column + 1], past_key_values=cache).logits[0])
                 stats = cache.sessions[0].stats
                 share = stats.opened_groups / stats.routable_groups
             ours = torch.cat(logits)
-            losses[router] = torch.nn.functional.cross_entropy(ours, ids[0, PROMPT:]).item()
+            losses[router] = torch.nn.functional.cross_entropy(ours[:-1], ids[0, PROMPT:]).item()
             if router == "all":
                 assert share == 1
-                # Logits of a real model reach 30; they are sums over 576 dims after 30 layers.
-                assert (ours - expected[PROMPT - 1 : -1]).abs().max() <= 2e-3
+                # These logits reach 45, and eager and sdpa of transformers are 0.9e-4 from each other.
+                assert (prefill - expected[:PROMPT]).abs().max() <= 1e-4
+                assert (ours - expected[PROMPT - 1 :]).abs().max() <= 1e-4
             else:
                 assert 0 < share < 0.6
         dense = torch.nn.functional.cross_entropy(expected[PROMPT - 1 : -1], ids[0, PROMPT:]).item()

@@ -43,6 +43,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "yarn-rope": (
+        "Llama",
+        {
+            "head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 2048,
+            },
+        },
+    ),
+    # Half of the dims of a head are rotated, and there is a bias everywhere.
+    "phi": (
+        "Phi",
+        {"hidden_size": 128, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"num_hidden_layers": 2, "head_dim": 64}),
     "qwen3-moe": ("Qwen3Moe", _MOE),
