@@ -8,5 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hga_kvd.commands.stat import stat
+from hga_kvd.commands.transfer import export, import_
 
-COMMANDS: dict[str, Callable[..., None]] = {"stat": stat}
+COMMANDS: dict[str, Callable[..., None]] = {"stat": stat, "export": export, "import": import_}
