@@ -57,7 +57,8 @@ class Content:
             | np.asarray(kv_head, np.uint64) << np.uint64(32)
             | np.asarray(layer, np.uint64) << np.uint64(48)
         )
-        number = place ^ self._seed
+        number: U64 = place ^ self._seed
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             number = (number ^ number >> np.uint64(shift)) * np.uint64(factor)
-        return number ^ number >> np.uint64(31)
+        number ^= number >> np.uint64(31)
+        return number

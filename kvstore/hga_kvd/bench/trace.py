@@ -18,6 +18,8 @@ Trace = npt.NDArray[np.bool_]
 
 # A step's fetches are simulated before they are made, and the whole trace is unpacked: this many bytes at most.
 TRACE_BYTES_MAX = 4 << 30
+# How much of a group's passing worth stays from step to step, and its weight beside the lasting one.
+PASSING_KEPT, PASSING_WEIGHT = 0.8, 1.0
 
 
 class TraceInvalid(Exception):
@@ -46,7 +48,7 @@ def synthetic_trace(
     """A stand-in for a model: each group has a lasting worth and a passing one, and the best of a layer are opened.
 
     opened: groups a KV head on average. The weights are chosen so that an LRU bank of 64 groups per KV head answers
-    about what it answers for SmolLM2-135M (0.90), and the KV heads of a layer share its budget unevenly, as there.
+    0.87 of them, as for SmolLM2-135M, and the KV heads of a layer share its budget unevenly, as there.
     """
     chance = np.random.default_rng(seed)
     shape = (layers, kv_heads, groups)
@@ -62,10 +64,6 @@ def synthetic_trace(
         np.put_along_axis(of_step, best, True, axis=1)
         trace[:, :, step] = of_step.reshape(shape)
     return trace
-
-
-# How much of a group's passing worth stays from step to step, and its weight beside the lasting one.
-PASSING_KEPT, PASSING_WEIGHT = 0.85, 0.7
 
 
 @dataclass(frozen=True)

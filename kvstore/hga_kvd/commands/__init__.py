@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hga_kvd.commands.bench import bench
 from hga_kvd.commands.stat import stat
 from hga_kvd.commands.transfer import export, import_
 
-COMMANDS: dict[str, Callable[..., None]] = {"stat": stat, "export": export, "import": import_}
+COMMANDS: dict[str, Callable[..., None]] = {"stat": stat, "bench": bench, "export": export, "import": import_}

@@ -1,0 +1,67 @@
+"""Runs profiles, shows how far they are, and tells what came out. The one place that knows all profiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hga_kvd_client.errors import KvdError
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from hga_kvd import __version__
+from hga_kvd.bench import report
+from hga_kvd.bench.burst import burst
+from hga_kvd.bench.daemon import BenchFailed, Daemon
+from hga_kvd.bench.decode import decode
+from hga_kvd.bench.machine import machine
+from hga_kvd.bench.meter import Case
+from hga_kvd.bench.options import Options
+from hga_kvd.bench.probes import memcpy_gb_per_s
+
+PROFILES: dict[str, Callable[[Daemon, Options], Iterator[str | Case]]] = {"decode": decode, "burst": burst}
+LINE_WIDTH = 110  # of the table in a file or a pipe
+
+
+def measure(
+    daemon: Daemon, profiles: list[str], options: Options, directory: Path, as_json: Path | None, plots: Path | None
+) -> dict[str, Any]:
+    """Prints a table, writes what was asked for, and returns what `--json` writes. Raises: BenchFailed, WrongBytes."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = LINE_WIDTH
+    cases: list[Case] = []
+    bar = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*bar, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("a memcpy", total=None)
+        memory_gb_per_s = memcpy_gb_per_s()
+        try:
+            for name in profiles:
+                for told in PROFILES[name](daemon, options):
+                    if isinstance(told, Case):
+                        cases.append(told)
+                    else:
+                        progress.update(task, description=f"{name}: {told}")
+        except KvdError as error:
+            raise BenchFailed(f"{type(error).__name__}: {error}") from error
+    console.print(report.table(cases, memory_gb_per_s))
+    console.print(*report.legend(cases, memory_gb_per_s), sep="\n", highlight=False)
+    facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "machine": machine(directory),
+        "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "trace"},
+    }
+    document = report.document(cases, memory_gb_per_s, facts)
+    if as_json is not None:
+        as_json.write_text(json.dumps(document, indent=1) + "\n")
+    if plots is not None:
+        try:
+            console.print(*(f"wrote {path}" for path in report.plots(cases, plots)), sep="\n")
+        except ImportError:
+            console.print("no plots: matplotlib is not installed")
+    return document
