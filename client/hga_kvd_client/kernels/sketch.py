@@ -1,0 +1,216 @@
+"""Estimated attention mass of every stored group, from the sketches: what routing of a decode step mostly costs.
+
+`project` turns a query into the coordinates of the sketches, `log_mass` reads all of a layer's records once. Codes times
+steps, and means, are exact in float16; queries are rounded to it; sums are float32. hga_kvd_client.sketch has the
+record's layout, its encoder and the maths.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hga_kvd_client import sketch
+from hga_kvd_client.kernels import FIRST_GROUP, GROUPS
+from hga_kvd_client.kernels.attention import _fp8
+from hga_kvd_client.sketch import SketchSpec
+
+# Groups of one program: 64 are 16 chunks, 256 programs a layer at 64 K tokens and 4 KV heads.
+BLOCK_GROUPS = 64
+GROUP_TOKENS = 16  # what the packing of codes into words is written for
+
+
+@triton.jit
+def _project(q, to_z, z, scale, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr):
+    head = tl.program_id(1)
+    column, dim = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
+    inside = (column < DIM)[:, None] & (dim < DIM)[None, :]
+    turn = tl.load(to_z + head * DIM * DIM + column[:, None] * DIM + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    for r in range(RATIO):
+        row = (head * RATIO + r) * DIM
+        query = tl.load(q + row + dim, mask=dim < DIM, other=0.0).to(tl.float32) * scale
+        tl.store(z + row + column, tl.sum(turn * query[None, :], 1), mask=column < DIM)
+
+
+@triton.jit
+def _codes(words, shift: tl.constexpr, step, middle, MASK: tl.constexpr):
+    """Coordinates of one token: (code - middle of the codes) * step, less the mean."""
+    return ((words >> shift) & MASK).to(tl.float16) * step - middle
+
+
+@triton.jit
+def _log_mass(
+    z,  # [kv_heads, ratio, dim]
+    centre,  # [kv_heads, dim]
+    records,  # bytes
+    words,  # the same as int32
+    control,
+    out,  # [kv_heads, capacity, ratio]
+    lse,  # [blocks, heads]
+    capacity,
+    head_bytes,  # of all records of a KV head
+    RATIO: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DIMS4: tl.constexpr,
+    BLOCK_4: tl.constexpr,
+    DIMS2: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    PER_CHUNK: tl.constexpr,  # groups
+    PER_BLOCK: tl.constexpr,  # groups that share mean and step
+    GROUP_BYTES: tl.constexpr,
+    MEAN: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHUNK_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FIRST_GROUP: tl.constexpr,
+):
+    block, head = tl.program_id(0), tl.program_id(1)
+    kv_heads = tl.num_programs(1)
+    start = block * BLOCK
+    count = tl.load(control + GROUPS).to(tl.int32)
+    each = tl.arange(0, ROWS)
+    live = each < RATIO
+    to_lse = lse + (block * kv_heads + head) * RATIO + each
+    if start >= count:
+        tl.store(to_lse, tl.full((ROWS,), float("-inf"), tl.float32), mask=live)
+        return
+    first = tl.load(control + FIRST_GROUP).to(tl.int32)
+    group = start + tl.arange(0, BLOCK)
+    inside = group < count
+    place = first + group
+    chunk = head.to(tl.int64) * head_bytes + (place // PER_CHUNK).to(tl.int64) * CHUNK_BYTES
+    block_of = (place % PER_CHUNK) // PER_BLOCK
+
+    # What does not differ between the tokens of a block: the mean, and the mean of all keys.
+    dim = tl.arange(0, BLOCK_D)
+    row = tl.arange(0, BLOCK // PER_BLOCK) * PER_BLOCK
+    where = first + start + row
+    where = head.to(tl.int64) * head_bytes + (where // PER_CHUNK).to(tl.int64) * CHUNK_BYTES + (
+        (where % PER_CHUNK) // PER_BLOCK * DIM
+    )
+    mask = (start + row < count)[:, None] & (dim < DIM)[None, :]
+    mean = _fp8(tl.load(records + MEAN + where[:, None] + dim[None, :], mask=mask, other=0).to(tl.int32))
+    query = z + (head * RATIO + each)[None, :] * DIM
+    mask = (dim < DIM)[:, None] & live[None, :]
+    # Masses are powers of 2 in here.
+    full = tl.load(query + dim[:, None], mask=mask, other=0.0) * 1.4426950408889634
+    about = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
+    offset = tl.sum(full * about[:, None], 0)
+    shared = tl.dot(mean, full.to(tl.float16)) + offset[None, :]
+    if PER_BLOCK > 1:
+        shared = tl.broadcast_to(shared[:, None, :], (BLOCK // PER_BLOCK, PER_BLOCK, ROWS))
+        shared = tl.reshape(shared, (BLOCK, ROWS))
+
+    codes = words + (chunk + (place % PER_CHUNK) * GROUP_BYTES)[:, None] // 4
+    steps = records + (chunk + STEPS + block_of * (DIMS4 + DIMS2))[:, None]
+    if DIMS4 > 0:
+        dim4 = tl.arange(0, BLOCK_4)
+        mask = inside[:, None] & (dim4 < DIMS4)[None, :]
+        step4 = _fp8(tl.load(steps + dim4[None, :], mask=mask, other=0).to(tl.int32))
+        middle4 = step4 * 7.5
+        pair = tl.arange(0, 2 * BLOCK_4)
+        packed = tl.load(codes + pair[None, :], mask=inside[:, None] & (pair < 2 * DIMS4)[None, :], other=0)
+        early, late = tl.split(tl.reshape(packed, (BLOCK, BLOCK_4, 2)))
+        mask = (dim4 < DIMS4)[:, None] & live[None, :]
+        query4 = (tl.load(query + dim4[:, None], mask=mask, other=0.0) * 1.4426950408889634).to(tl.float16)
+    if DIMS2 > 0:
+        dim2 = tl.arange(0, BLOCK_2)
+        mask = inside[:, None] & (dim2 < DIMS2)[None, :]
+        step2 = _fp8(tl.load(steps + DIMS4 + dim2[None, :], mask=mask, other=0).to(tl.int32))
+        middle2 = step2 * 1.5
+        packed2 = tl.load(codes + 2 * DIMS4 + dim2[None, :], mask=mask, other=0)
+        mask = (dim2 < DIMS2)[:, None] & live[None, :]
+        query2 = (tl.load(query + DIMS4 + dim2[:, None], mask=mask, other=0.0) * 1.4426950408889634).to(tl.float16)
+
+    largest = tl.full((BLOCK, ROWS), -1e30, tl.float32)
+    total = tl.zeros((BLOCK, ROWS), tl.float32)
+    for token in tl.static_range(16):
+        score = shared
+        if DIMS4 > 0:
+            if token % 8 < 4:
+                score = tl.dot(_codes(early, 8 * (token % 4) + 4 * (token // 8), step4, middle4, 15), query4, score)
+            else:
+                score = tl.dot(_codes(late, 8 * (token % 4) + 4 * (token // 8), step4, middle4, 15), query4, score)
+        if DIMS2 > 0:
+            score = tl.dot(_codes(packed2, 8 * (token % 4) + 2 * (token // 4), step2, middle2, 3), query2, score)
+        higher = tl.maximum(largest, score)
+        total = total * tl.exp2(largest - higher) + tl.exp2(score - higher)
+        largest = higher
+    result = (largest + tl.log2(total)) * 0.6931471805599453
+    seen = inside[:, None] & live[None, :]
+    tl.store(out + (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :], result, mask=seen)
+    result = tl.where(seen, result, -1e30)
+    highest = tl.max(result, 0)
+    tl.store(to_lse, highest + tl.log(tl.sum(tl.exp(result - highest[None, :]), 0)), mask=live)
+
+
+def project(q: Tensor, to_z: Tensor, scale: float, z: Tensor) -> None:
+    """z = to_z q scale. q, z: [kv_heads, ratio, head_dim], z float32; to_z: [kv_heads, head_dim, head_dim]."""
+    kv_heads, ratio, dim = q.shape
+    for tensor in (q, to_z, z):
+        assert tensor.is_contiguous()
+    assert to_z.shape == (kv_heads, dim, dim)
+    assert z.dtype == torch.float32
+    assert z.shape == q.shape
+    columns = 16
+    _project[(triton.cdiv(dim, columns), kv_heads)](
+        q, to_z, z, scale, RATIO=ratio, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), COLUMNS=columns
+    )
+
+
+def log_mass(
+    spec: SketchSpec, z: Tensor, centre: Tensor, records: Tensor, control: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """Log-masses of control[GROUPS] groups from group control[FIRST_GROUP], the start of a chunk, on.
+
+    z: [kv_heads, ratio, head_dim], from `project`; centre: [kv_heads, head_dim]; records: uint8 [kv_heads, chunks,
+    chunk_bytes]; out: [kv_heads, capacity, ratio]; lse: [rows, kv_heads * ratio], the logsumexp of each BLOCK_GROUPS
+    groups, -inf for none, rows for the whole capacity. All but records float32 and contiguous.
+    """
+    kv_heads, ratio, dim = z.shape
+    capacity = out.shape[1]
+    for tensor in (z, centre, out, lse):
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+    assert records.dtype == torch.uint8
+    assert records.stride(1) == spec.chunk_bytes
+    assert records.stride(2) == 1
+    assert spec.chunk_bytes % 4 == 0
+    assert records.stride(0) % 4 == 0
+    assert spec.group_tokens == GROUP_TOKENS
+    assert centre.shape == (kv_heads, dim)
+    assert out.shape == (kv_heads, capacity, ratio)
+    assert lse.shape == (triton.cdiv(capacity, BLOCK_GROUPS), kv_heads * ratio)
+    _log_mass[(lse.shape[0], kv_heads)](
+        z, centre, records, records.view(torch.int32), control, out, lse, capacity, records.stride(0),
+        RATIO=ratio, ROWS=max(16, triton.next_power_of_2(ratio)), DIM=dim, BLOCK_D=_block(dim),
+        DIMS4=spec.dims4, BLOCK_4=_block(spec.dims4), DIMS2=spec.dims2, BLOCK_2=_block(spec.dims2),
+        PER_CHUNK=spec.groups_per_chunk, PER_BLOCK=spec.groups_per_chunk // spec.blocks, GROUP_BYTES=spec.group_bytes,
+        MEAN=spec.mean_offset, STEPS=spec.step_offset, CHUNK_BYTES=spec.chunk_bytes, BLOCK=BLOCK_GROUPS,
+        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP,
+    )  # fmt: skip
+
+
+def _block(dims: int) -> int:
+    return max(16, int(triton.next_power_of_2(max(1, dims))))
+
+
+def project_twin(q: Tensor, to_z: Tensor, scale: float, z: Tensor) -> None:
+    z.copy_(torch.bmm(q.float() * scale, to_z.float().transpose(1, 2)))
+
+
+def log_mass_twin(
+    spec: SketchSpec, z: Tensor, centre: Tensor, records: Tensor, control: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    count, first = int(control[GROUPS]), int(control[FIRST_GROUP]) // spec.groups_per_chunk
+    chunks = slice(first, first + count // spec.groups_per_chunk)
+    found = sketch.log_mass(spec, z, (z * centre[:, None]).sum(2), records[:, chunks])
+    out[:, :count] = found.transpose(1, 2)
+    lse.fill_(-torch.inf)
+    for block in range((count + BLOCK_GROUPS - 1) // BLOCK_GROUPS):
+        lse[block] = found[:, :, block * BLOCK_GROUPS : (block + 1) * BLOCK_GROUPS].logsumexp(2).flatten()
