@@ -61,8 +61,8 @@ def _part(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     values = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for first in range(start, min(start + PART_KEYS, length), BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
+    for first in range(0, PART_KEYS, BLOCK_N):  # the first block sees a key; later ones may see none
+        keys = start + first + tl.arange(0, BLOCK_N)
         seen = keys < length
         if PAGED:
             slot = tl.load(slots + head * slots_stride + keys // GROUP, mask=seen, other=0).to(tl.int64)
@@ -134,6 +134,7 @@ def window_parts(
     assert k.dtype == v.dtype == q.dtype
     assert out.shape[0] * part_keys >= k.shape[1], "the parts must cover the window"
     block = min(64, part_keys)
+    assert part_keys % block == 0
     _part[(out.shape[0], kv_heads)](
         q, k, v, q, q, control[WINDOW_TOKENS:], out, lse, scale / LN2, k.stride(0), 0,
         RATIO=ratio, DIM=dim, GROUP=1, PAGED=False, QUANTISED=False, PART_KEYS=part_keys, BLOCK_N=block,
@@ -177,6 +178,7 @@ def paged_parts(
         assert records.dtype == q.dtype
     flat = records.flatten()
     part_keys = part_slots * group
+    assert part_keys % min(64, part_keys) == 0
     _part[(out.shape[0], kv_heads)](
         q, flat, flat[group * dim :], q if scales is None else scales, slots, counts, out, lse, scale / LN2,
         records.stride(0), slots.stride(0),

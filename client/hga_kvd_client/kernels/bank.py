@@ -196,7 +196,7 @@ def _place(
 
 
 @triton.jit
-def _land(source, mailbox, rows, totals, records, record_words, WORDS: tl.constexpr):
+def _land(source, mailbox, rows, totals, records, record_words: tl.constexpr, WORDS: tl.constexpr):
     row = tl.program_id(0)
     if row >= tl.load(totals):
         return
@@ -211,7 +211,14 @@ def _land(source, mailbox, rows, totals, records, record_words, WORDS: tl.conste
 
 
 def place(
-    chosen: Chosen, control: Tensor, layer: int, budget: int, capacity: int, tables: Tables, lists: Lists, mailbox: Tensor
+    chosen: Chosen,
+    control: Tensor,
+    layer: int,
+    budget: int,
+    capacity: int,
+    tables: Tables,
+    lists: Lists,
+    mailbox: Tensor,
 ) -> None:
     """One step of a layer's bank; see the module. capacity: groups a KV head, as the selection counted them.
 
@@ -252,7 +259,14 @@ def land(source: Tensor, mailbox: Tensor, lists: Lists, records: Tensor) -> None
 
 
 def place_twin(
-    chosen: Chosen, control: Tensor, layer: int, budget: int, capacity: int, tables: Tables, lists: Lists, mailbox: Tensor
+    chosen: Chosen,
+    control: Tensor,
+    layer: int,
+    budget: int,
+    capacity: int,
+    tables: Tables,
+    lists: Lists,
+    mailbox: Tensor,
 ) -> None:
     step, first_group = int(control[STEP]), int(control[FIRST_GROUP])
     need = budget - int(chosen.counts.sum())
@@ -289,4 +303,4 @@ def land_twin(source: Tensor, mailbox: Tensor, lists: Lists, records: Tensor) ->
     rows = lists.rows[: int(lists.totals[0])].long()
     words = records.view(torch.int64).flatten(0, 1).flatten(1)
     offset = int(mailbox[MAIL_OFFSET]) // 8
-    words[rows] = source[offset : offset + rows.shape[0] * words.shape[1]].view(rows.shape[0], -1)
+    words[rows] = source[offset : offset + rows.shape[0] * words.shape[1]].view(-1, words.shape[1])

@@ -54,14 +54,14 @@ def _bin(mass):
 
 
 @triton.jit
-def _log_sum(lse, rows, head, RATIO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _log_sum(lse, rows, head, RATIO: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
     """Largest and, relative to it, sum of exp(lse[:rows]) for the query heads of a KV head. lse: [rows, heads]."""
     heads = tl.num_programs(1) * RATIO
     each = tl.arange(0, ROWS)
     row = tl.arange(0, BLOCK)
     largest = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, rows, BLOCK):
+    for first in range(0, MOST, BLOCK):
         place = (first + row)[:, None] * heads + head * RATIO + each[None, :]
         inside = (first + row < rows)[:, None] & (each < RATIO)[None, :]
         part = tl.load(lse + place, mask=inside, other=float("-inf"))
@@ -82,6 +82,8 @@ def _pool(
     capacity,
     window_rows,
     group_rows,
+    NEAR_ROWS: tl.constexpr,  # powers of two, so that few sizes are compiled
+    FAR_ROWS: tl.constexpr,
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     BINS: tl.constexpr,
@@ -94,14 +96,14 @@ def _pool(
     count = tl.load(control + GROUPS).to(tl.int32)
     if start >= count:
         return
-    near, near_total = _log_sum(window_lse, window_rows, head, RATIO, ROWS, 16)
-    far, far_total = _log_sum(group_lse, group_rows, head, RATIO, ROWS, 64)
+    near, near_total = _log_sum(window_lse, window_rows, head, RATIO, ROWS, NEAR_ROWS, 16)
+    far, far_total = _log_sum(group_lse, group_rows, head, RATIO, ROWS, FAR_ROWS, 64)
     higher = tl.maximum(near, far)
     everything = higher + tl.log(near_total * tl.exp(near - higher) + far_total * tl.exp(far - higher))
     each = tl.arange(0, ROWS)
     found = tl.zeros((BINS,), tl.int32)
-    for first in range(start, min(start + PROGRAM, count), BLOCK):
-        group = first + tl.arange(0, BLOCK)
+    for first in range(0, PROGRAM, BLOCK):
+        group = start + first + tl.arange(0, BLOCK)
         inside = group < count
         place = (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :]
         seen = inside[:, None] & (each < RATIO)[None, :]
@@ -186,6 +188,7 @@ def pool(
     assert ratio <= 16, "masses of more query heads would pass the last bin"
     _pool[(triton.cdiv(capacity, POOL_GROUPS), kv_heads)](
         log_mass, window_lse, group_lse, control, mass, chosen.bins, capacity, window_lse.shape[0], group_lse.shape[0],
+        NEAR_ROWS=triton.next_power_of_2(window_lse.shape[0]), FAR_ROWS=triton.next_power_of_2(group_lse.shape[0]),
         RATIO=ratio, ROWS=triton.next_power_of_2(ratio), BINS=BINS, PROGRAM=POOL_GROUPS, BLOCK=256, GROUPS=GROUPS,
     )  # fmt: skip
 

@@ -27,7 +27,9 @@ def _project(q, to_z, z, scale, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D:
     head = tl.program_id(1)
     column, dim = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
     inside = (column < DIM)[:, None] & (dim < DIM)[None, :]
-    turn = tl.load(to_z + head * DIM * DIM + column[:, None] * DIM + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    turn = tl.load(to_z + head * DIM * DIM + column[:, None] * DIM + dim[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     for r in range(RATIO):
         row = (head * RATIO + r) * DIM
         query = tl.load(q + row + dim, mask=dim < DIM, other=0.0).to(tl.float32) * scale
@@ -90,8 +92,10 @@ def _log_mass(
     dim = tl.arange(0, BLOCK_D)
     row = tl.arange(0, BLOCK // PER_BLOCK) * PER_BLOCK
     where = first + start + row
-    where = head.to(tl.int64) * head_bytes + (where // PER_CHUNK).to(tl.int64) * CHUNK_BYTES + (
-        (where % PER_CHUNK) // PER_BLOCK * DIM
+    where = (
+        head.to(tl.int64) * head_bytes
+        + (where // PER_CHUNK).to(tl.int64) * CHUNK_BYTES
+        + ((where % PER_CHUNK) // PER_BLOCK * DIM)
     )
     mask = (start + row < count)[:, None] & (dim < DIM)[None, :]
     mean = _fp8(tl.load(records + MEAN + where[:, None] + dim[None, :], mask=mask, other=0).to(tl.int32))
