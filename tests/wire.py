@@ -3,12 +3,14 @@
 import mmap
 import os
 import socket
+import time
 
 import grpc
 import numpy as np
 import pytest
 from hga_kvd.geometry import KEY_DTYPE, Geometry
-from hga_kvd.service import ERROR_KEY
+from hga_kvd.refusals import ERROR_KEY
+from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2
 
 MIB = 1 << 20
@@ -82,3 +84,60 @@ class Client:
 
     def range(self, offset, size):
         return kvd_pb2.SharedRange(client_id=self.client_id, offset=offset, bytes=size)
+
+
+class LaneClient(Client):
+    """The same with a fast lane, and with every freedom that a client has."""
+
+    def __init__(self, stub, path, region_bytes=2 * MIB):
+        answer = stub.Attach(kvd_pb2.AttachRequest(region_bytes=region_bytes, lane=True))
+        assert answer.lane_version == layout.VERSION
+        self.client_id = answer.client_id
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(5)
+        self.socket.connect(str(path.parent / answer.handover_socket))
+        self.socket.sendall(answer.token)
+        _, descriptors, _, _ = socket.recv_fds(self.socket, 1, 8)
+        region, lane, self.request_bell, self.completion_bell = descriptors
+        self.memory = np.frombuffer(mmap.mmap(region, answer.region_bytes), np.uint8)
+        self.lane = memoryview(mmap.mmap(lane, layout.LANE_BYTES))
+        self.posted_word = self.lane[layout.REQUESTS_POSTED :][:8].cast("Q")
+        self.completed_word = self.lane[layout.COMPLETIONS_POSTED :][:8].cast("Q")
+        for descriptor in (region, lane):
+            os.close(descriptor)
+        self.posted = 0
+
+    def post(self, verb, body=b"", *, ring=True, **fields):
+        """Posts one request; `sequence` and `body_bytes` may be lies."""
+        at = layout.request_at(self.posted)
+        self.lane[at + layout.HEADER_BYTES : at + layout.HEADER_BYTES + len(body)] = body
+        names = ("session_id", "epoch", "offset", "size", "first_chunk", "chunk_count", "deadline_us")
+        sequence, body_bytes = fields.pop("sequence", self.posted), fields.pop("body_bytes", len(body))
+        rest = [fields.pop(name, 0) for name in names]
+        assert not fields
+        layout.REQUEST.pack_into(self.lane, at, sequence, verb, body_bytes, *rest)
+        self.posted += 1
+        self.posted_word[0] = self.posted
+        if ring:
+            os.eventfd_write(self.request_bell, 1)
+
+    def completion(self, sequence=None):
+        """(code, meaning, sentence) of a refusal, or (0, statuses, (chunk_count, ram_records, nvme_records))."""
+        sequence = self.posted - 1 if sequence is None else sequence
+        deadline = time.monotonic() + 10
+        while not sequence < self.completed_word[0] < layout.CLOSED:
+            assert time.monotonic() < deadline, "no completion"
+            time.sleep(0.0005)
+        at = layout.completion_at(sequence)
+        said, code, body_bytes, *counts = layout.COMPLETION.unpack_from(self.lane, at)
+        assert said == sequence
+        body = bytes(self.lane[at + layout.HEADER_BYTES :][:body_bytes])
+        if not code:
+            return 0, body, tuple(counts)
+        meaning, _, sentence = body.decode().partition("\0")
+        return next(c for c in grpc.StatusCode if c.value[0] == code), meaning, sentence
+
+    def close(self):
+        self.socket.close()
+        for bell in (self.request_bell, self.completion_bell):
+            os.close(bell)

@@ -3,7 +3,8 @@
 What always holds:
 - A call that the daemon did not answer because it went away is made again, for up to reconnect_s, with growing pauses.
   Every call is safe to repeat: an append names its first chunk, and one that was done but not answered is recognised.
-- Payloads go through shared memory where the daemon and this process share a host, else as bytes in messages. An append
+- Where the daemon and this process share a host, appends and fetches go through the fast lane (lane.py), else over gRPC
+  with payload in shared memory, else as bytes in messages. An append
   that ends without an answer retires the region: the daemon may still read it, and would store what comes there next.
 - `generation` grows when the daemon process behind the target was replaced. Sessions it had not made durable are gone;
   Session looks at this number and puts right what it can.
@@ -25,10 +26,12 @@ from typing import Any, Literal, TypeVar
 
 import grpc
 import numpy as np
+from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 
 from hga_kvd_client import errors
 from hga_kvd_client.geometry import Bytes, Geometry, Keys
+from hga_kvd_client.lane import Completion, LaneClosed
 from hga_kvd_client.region import Region, receive
 
 logger = logging.getLogger("hga_kvd_client")
@@ -41,6 +44,11 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 1.0
 RETIRED_REGIONS_MAX = 4
 # A daemon whose start moved by more than this against our clock is another process.
 START_TOLERANCE_S = 0.25
+# A call whose request does not fit in the socket of a daemon that reads nothing outlives gRPC's own deadline; we leave it
+# this much later.
+_LARGE_CALLS = ("Append", "PutSummaries")
+DEADLINE_GRACE_S = 0.2
+_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 # Largest message we take or send: the largest message_bytes_max that a daemon can be given, and what goes with it.
 MESSAGE_BYTES_MAX = 257 * MIB
 
@@ -106,24 +114,26 @@ class Connection:
     def __init__(
         self,
         target: str | None = None,
-        transport: Literal["auto", "bytes"] = "auto",
+        transport: Literal["auto", "shared", "bytes"] = "auto",
         region_bytes: int = 64 * MIB,
         deadline_s: float = 60.0,
         reconnect_s: float = 15.0,
     ) -> None:
         """Connects, waiting up to reconnect_s for a daemon to come up.
 
-        target: unix:/path, /path or host:port; None: default_target(). deadline_s: for each call.
+        target: unix:/path, /path or host:port; None: default_target(). transport: the best there is; "shared": without
+        the fast lane; "bytes": without shared memory. deadline_s: for each call.
         Raises: Unavailable; InvalidRequest for a target or transport that cannot be.
         """
-        if transport not in ("auto", "bytes"):
-            raise errors.InvalidRequest(f"transport is {transport!r}; it must be 'auto' or 'bytes'")
+        if transport not in ("auto", "shared", "bytes"):
+            raise errors.InvalidRequest(f"transport is {transport!r}; it must be 'auto', 'shared' or 'bytes'")
         self.target = _checked_target(target or default_target())
         self._socket = Path(self.target.removeprefix("unix:")) if self.target.startswith("unix:") else None
         self._deadline_s = deadline_s
         self._reconnect_s = reconnect_s
         self._region_bytes = region_bytes
-        self._share = transport == "auto" and self._socket is not None
+        self._share = transport != "bytes" and self._socket is not None
+        self._want_lane = transport == "auto" and layout.supported()
         self._region: Region | None = None
         self._retired: list[Region] = []
         self._limits: dict[int, _Limits] = {}
@@ -144,8 +154,10 @@ class Connection:
 
     @property
     def transport(self) -> str:
-        """How payloads travel: "shared" or "bytes"."""
-        return "shared" if self._region is not None else "bytes"
+        """How payloads travel: "lane", "shared" or "bytes"."""
+        if self._region is None:
+            return "bytes"
+        return "shared" if self._region.lane is None else "lane"
 
     def notice_replacement(self) -> bool:
         """Asks the daemon how long it has run. Returns whether it was replaced since that was last asked."""
@@ -332,6 +344,12 @@ class Connection:
                 if offset is None:
                     region.append_part[: payload.nbytes] = payload
                     offset = region.append_offset
+                if region.lane is not None and len(token_ids) <= layout.REQUEST_BODY_BYTES:
+                    place = {"offset": offset, "size": payload.nbytes, "chunk_count": chunk_count}
+                    answer = self._ask_lane(
+                        region, "Append", layout.APPEND, token_ids, session_id, first_chunk=first_chunk, **place
+                    )
+                    return answer.chunk_count
                 header.shared.CopyFrom(
                     kvd_pb2.SharedRange(client_id=region.client_id, offset=offset, bytes=payload.nbytes)
                 )
@@ -372,6 +390,8 @@ class Connection:
             region = None
         room = region.fetch_part.nbytes if region is not None else limits.message_bytes_max
         most = max(1, min(limits.fetch_keys_max, room // record_bytes))
+        if region is not None and region.lane is not None:
+            most = min(most, layout.FETCH_KEYS_MAX)
         if region is not None and len(keys) <= most:
             records = region.fetch_part[: len(keys) * record_bytes].reshape(-1, record_bytes)
         else:
@@ -381,21 +401,28 @@ class Connection:
         ram_records = nvme_records = 0
         for start in range(0, len(keys), most):
             end = min(start + most, len(keys))
-            request = kvd_pb2.FetchRequest(session_id=session_id, keys=keys[start:end].tobytes())
+            packed = keys[start:end].tobytes()
             size = (end - start) * record_bytes
-            if region is not None:
-                request.shared.client_id = region.client_id
-                request.shared.bytes = size
-            answer = self._ask("Fetch", request)
+            answer: Any
+            if region is not None and region.lane is not None:
+                answer = self._ask_lane(region, "Fetch", layout.FETCH, packed, session_id, size=size)
+                found = answer.body
+            else:
+                request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed)
+                if region is not None:
+                    request.shared.client_id = region.client_id
+                    request.shared.bytes = size
+                answer = self._ask("Fetch", request)
+                found = answer.statuses
             if region is None or len(keys) > most:
                 received = np.frombuffer(answer.payload, np.uint8) if region is None else region.fetch_part[:size]
                 if received.nbytes != size:
                     raise errors.DaemonFault(f"Fetch answered {received.nbytes} bytes, {size} were asked for")
                 records[start:end] = received.reshape(-1, record_bytes)
-            if answer.statuses:
+            if found:
                 if statuses is None:
                     statuses = np.zeros(len(keys), np.uint8)
-                statuses[start:end] = np.frombuffer(answer.statuses, np.uint8)
+                statuses[start:end] = np.frombuffer(found, np.uint8)
             ram_records += answer.ram_records
             nvme_records += answer.nvme_records
         return Fetched(records, statuses, ram_records, nvme_records)
@@ -407,24 +434,64 @@ class Connection:
         if read is not None:
             read.busy = True
         try:
-            answer = getattr(self._stub, call)(request, timeout=self._deadline_s)
+            method = getattr(self._stub, call)
+            if call in _LARGE_CALLS:
+                pending = method.future(request, timeout=self._deadline_s)
+                try:
+                    answer = pending.result(timeout=self._deadline_s + DEADLINE_GRACE_S)
+                except grpc.FutureTimeoutError:
+                    pending.cancel()
+                    raise errors.DeadlineExceeded(self._no_answer(call)) from None
+            else:
+                answer = method(request, timeout=self._deadline_s)
         except grpc.RpcError as error:
             code = error.code()
             found = (item.value for item in error.trailing_metadata() or () if item.key == errors.MEANING_KEY)
-            meaning = str(next(found, ""))
-            raised = errors.from_status(call, code.name, error.details() or "", meaning)
-            if isinstance(raised, errors.NotAttached):
-                self._forget_regions()
-            elif read is not None and not isinstance(raised, (errors.DeadlineExceeded, errors.Unavailable)):
-                read.busy = False
+            raised = errors.from_status(call, code.name, error.details() or "", str(next(found, "")))
+            self._note_refusal(raised, read)
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raised = errors.DeadlineExceeded(
-                    f"{call} had no answer within {self._deadline_s:g} s (deadline_s): repeat it, or allow more time"
-                )
+                raised = errors.DeadlineExceeded(self._no_answer(call))
             raise raised from None
         if read is not None:
             read.busy = False
         return answer
+
+    def _ask_lane(
+        self, region: Region, call: str, verb: int, body: bytes, session_id: int, **fields: int
+    ) -> Completion:
+        """One call on the region's lane, once. Raises: KvdError; Unavailable once when the lane was closed: repeat."""
+        assert region.lane is not None
+        read = region if verb == layout.APPEND else None
+        if read is not None:
+            read.busy = True
+        try:
+            answer = region.lane.call(verb, body, session_id, timeout_s=self._deadline_s, **fields)
+        except LaneClosed:
+            logger.warning("the daemon closed the fast lane of %s; calls go over gRPC", self.target)
+            region.leave_lane()
+            if read is not None:
+                read.busy = False
+            raise errors.Unavailable("the fast lane was closed") from None
+        except errors.DeadlineExceeded:
+            raise errors.DeadlineExceeded(self._no_answer(call)) from None
+        if answer.code:
+            meaning, _, sentence = answer.body.decode(errors="replace").partition("\0")
+            raised = errors.from_status(call, _CODE_NAMES.get(answer.code, "UNKNOWN"), sentence, meaning)
+            self._note_refusal(raised, read)
+            raise raised
+        if read is not None:
+            read.busy = False
+        return answer
+
+    def _no_answer(self, call: str) -> str:
+        return f"{call} had no answer within {self._deadline_s:g} s (deadline_s): repeat it, or allow more time"
+
+    def _note_refusal(self, raised: errors.KvdError, read: Region | None) -> None:
+        """What a refusal means for our regions. read: the region that the daemon read for the call."""
+        if isinstance(raised, errors.NotAttached):
+            self._forget_regions()
+        elif read is not None and not isinstance(raised, (errors.DeadlineExceeded, errors.Unavailable)):
+            read.busy = False
 
     def _repeat(self, attempt: Callable[[], Answer]) -> Answer:
         """Makes the attempt; while no daemon answers, connects again and repeats it. Raises: KvdError."""
@@ -509,7 +576,7 @@ class Connection:
         """Raises: Unavailable. Any other refusal means payloads as bytes, for good."""
         assert self._socket is not None
         try:
-            answer = self._ask("Attach", kvd_pb2.AttachRequest(region_bytes=self._region_bytes))
+            answer = self._ask("Attach", kvd_pb2.AttachRequest(region_bytes=self._region_bytes, lane=self._want_lane))
         except errors.Unavailable:
             raise
         except errors.KvdError as error:
@@ -517,13 +584,15 @@ class Connection:
             return None
         path = self._socket.parent / answer.handover_socket
         try:
-            region = receive(path, answer.token, answer.client_id, answer.region_bytes, self._deadline_s)
+            lane = answer.lane_version == layout.VERSION
+            region = receive(path, answer.token, answer.client_id, answer.region_bytes, lane, self._deadline_s)
         except (ConnectionError, FileNotFoundError) as error:
             raise errors.Unavailable(f"{path} did not hand over the region: {error}") from None
         except (OSError, ValueError) as error:
             self._use_bytes(f"{path} did not hand over the region: {error}")
             return None
-        logger.info("payloads go through %d bytes of shared memory at %s", answer.region_bytes, self.target)
+        way = "through the fast lane and" if region.lane else "through"
+        logger.info("payloads go %s %d bytes of shared memory at %s", way, answer.region_bytes, self.target)
         return region
 
     def _use_bytes(self, reason: str) -> None:

@@ -5,6 +5,8 @@ time, so each call has its half to itself. Fetches that overlap are put in order
 cannot write into the next. `busy` is set while the daemon may read the append half; if an append ends without an answer
 it stays set, and the region must never be written again: what it is given up for could be stored in pieces of both.
 
+Where the daemon gives a fast lane (lane.py), it comes with the region and goes with it.
+
 The handover socket stays open as long as the client lives; the daemon takes its end for the client's death.
 """
 
@@ -18,14 +20,17 @@ from pathlib import Path
 import numpy as np
 
 from hga_kvd_client.geometry import Bytes
+from hga_kvd_client.lane import Lane
 
 PAGE_BYTES = 4096
+LANE_DESCRIPTORS = 3  # memory, request bell, completion bell
 
 
 class Region:
-    def __init__(self, client_id: int, size: int, handover: socket.socket, descriptor: int) -> None:
+    def __init__(self, client_id: int, size: int, handover: socket.socket, descriptor: int, lane: Lane | None) -> None:
         """Maps `size` bytes of the descriptor and closes it. Raises OSError, ValueError."""
         self.client_id = client_id
+        self.lane = lane
         self.busy = False
         self._handover = handover
         try:
@@ -46,6 +51,12 @@ class Region:
         except OSError:
             return False
 
+    def leave_lane(self) -> None:
+        """Calls go over gRPC from now on."""
+        if self.lane is not None:
+            self.lane.close()
+            self.lane = None
+
     def append_offset_of(self, payload: Bytes) -> int | None:
         """Offset in the region if the payload lies there on a page boundary, else None."""
         within = payload.ctypes.data - self.append_part.ctypes.data
@@ -55,21 +66,33 @@ class Region:
 
     def close(self) -> None:
         """Tells the daemon that this client is gone."""
+        self.leave_lane()
         self._handover.close()
 
 
-def receive(path: Path, token: bytes, client_id: int, size: int, deadline_s: float) -> Region:
+def receive(path: Path, token: bytes, client_id: int, size: int, lane: bool, deadline_s: float) -> Region:
     """Fetches the region that the daemon offered in Attach. Raises OSError, ValueError when it does not come."""
     handover = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         handover.settimeout(deadline_s)
         handover.connect(str(path))
         handover.sendall(token)
-        data, descriptors, _, _ = socket.recv_fds(handover, 1, 1)
-        if len(data) != 1 or len(descriptors) != 1:
-            raise OSError(f"{path} handed over {len(descriptors)} descriptors with {len(data)} bytes, 1 and 1 expected")
+        data, descriptors, _, _ = socket.recv_fds(handover, 1, 4)
+        mine, extra = descriptors[:1], descriptors[1:]
+        whole = len(data) == 1 and len(mine) == 1 and len(extra) in (0, LANE_DESCRIPTORS)
+        if not (lane and whole):
+            for descriptor in extra if whole else descriptors:
+                os.close(descriptor)
+            extra = []
+        if not whole:
+            raise OSError(f"{path} handed over {len(descriptors)} descriptors with {len(data)} bytes")
         handover.settimeout(None)
-        return Region(client_id, size, handover, descriptors[0])
+        try:
+            found = Lane(extra, handover.fileno()) if extra else None
+        except BaseException:
+            os.close(mine[0])
+            raise
+        return Region(client_id, size, handover, mine[0], found)
     except BaseException:
         handover.close()
         raise

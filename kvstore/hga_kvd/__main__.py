@@ -185,6 +185,7 @@ def _serve(
             stack.callback(handover.stop)
         server = Server(service, settings)
         stack.callback(server.stop, settings.grace_s)
+        stack.callback(service.lanes.shutdown, settings.grace_s)
         # What the start made stays: the collector need not look at it again.
         gc.collect()
         gc.freeze()

@@ -1,10 +1,10 @@
-"""Handover: gives each client the descriptor of its region, and notices when the client is gone.
+"""Handover: gives each client the descriptors of its region and lane, and notices when the client is gone.
 
 One thread runs `serve`. It never waits for one peer: every socket is non-blocking, the number of peers is bounded, and
 a peer that has not said its token in time is dropped. Only the daemon's own user and root get an answer (SO_PEERCRED).
 A token opens one region once, for ten seconds. Whatever else a peer sends ends its connection and nothing more.
 
-The descriptor given to `offer` belongs to the handover, which closes it.
+The descriptors given to `offer` belong to the handover, which closes them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ STRANGERS_MAX = 64
 @dataclass(eq=False)
 class _Offer:
     client_id: int
-    descriptor: int
+    descriptors: tuple[int, ...]
     expires: float
+
+    def close(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
 
 
 @dataclass(eq=False)
@@ -64,11 +68,11 @@ class Handover:
             raise
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def offer(self, client_id: int, descriptor: int) -> bytes:
-        """A token: the first peer that shows it gets `descriptor`, and stands for the client from then on."""
+    def offer(self, client_id: int, descriptors: tuple[int, ...]) -> bytes:
+        """A token: the first peer that shows it gets the descriptors, and stands for the client from then on."""
         token = secrets.token_bytes(TOKEN_BYTES)
         with self._lock:
-            self._offers[token] = _Offer(client_id, descriptor, time.monotonic() + TOKEN_LIFE_S)
+            self._offers[token] = _Offer(client_id, descriptors, time.monotonic() + TOKEN_LIFE_S)
             self._rouse()
         return token
 
@@ -150,11 +154,11 @@ class Handover:
             offer = self._offers.pop(found)
         peer.client_id = offer.client_id
         try:
-            socket.send_fds(peer.connection, [b"\0"], [offer.descriptor])
+            socket.send_fds(peer.connection, [b"\0"], offer.descriptors)
         except OSError:
             return False
         finally:
-            os.close(offer.descriptor)
+            offer.close()
         return True
 
     def _drop(self, peer: _Peer, selector: selectors.BaseSelector) -> Iterator[int]:
@@ -171,7 +175,7 @@ class Handover:
         with self._lock:
             stale = [self._offers.pop(token) for token, offer in list(self._offers.items()) if offer.expires <= now]
         for offer in stale:
-            os.close(offer.descriptor)
+            offer.close()
             yield offer.client_id
 
     def close(self) -> None:
@@ -180,7 +184,7 @@ class Handover:
             peer.connection.close()
         with self._lock:
             for offer in self._offers.values():
-                os.close(offer.descriptor)
+                offer.close()
             self._offers.clear()
             if self._wake >= 0:
                 os.close(self._wake)

@@ -3,6 +3,7 @@
 Each method checks the shape of its message, calls the engine once, and turns the answer into a message. It holds no
 state of its own but the payload bytes on their way in. Whatever goes wrong leaves through `_answers`: a typed error
 becomes its status, anything else INTERNAL with the traceback in the log, and the daemon goes on.
+The fast lane (lane.py) is the other face; calls with payload in shared memory are `Calls`, for both.
 
 Payloads in shared memory are borrowed from the landing for the length of the engine's call, and an Append in parts is
 gathered in one private buffer; the engine sees nothing of a stream that does not end well.
@@ -23,42 +24,23 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 import numpy.typing as npt
+from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from structlog.typing import FilteringBoundLogger
 
 from hga_kvd import __version__, errors
-from hga_kvd.config import KIB, Settings
+from hga_kvd.calls import Calls, Range
+from hga_kvd.config import Settings
 from hga_kvd.engine import Engine, Fetched, SessionInfo
-from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.geometry import Geometry
 from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing, NotAttached
+from hga_kvd.lane import Lanes
 from hga_kvd.memory import aligned_buffer
+from hga_kvd.refusals import ERROR_KEY, GivenUp, SharingRefused, refusal
 
 U8 = npt.NDArray[np.uint8]
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class SharingRefused(errors.KvdError):
-    """Shared memory is for clients that came through the daemon's unix socket."""
-
-
-# The only place where an error of ours becomes a status of gRPC.
-STATUS: dict[type[errors.KvdError], grpc.StatusCode] = {
-    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.SessionNotFound: grpc.StatusCode.NOT_FOUND,
-    errors.GeometryMismatch: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.AppendOutOfOrder: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.KeyOutOfRange: grpc.StatusCode.OUT_OF_RANGE,
-    errors.LimitExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.StorageFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.NotDurable: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.WriteFailed: grpc.StatusCode.DATA_LOSS,
-    NotAttached: grpc.StatusCode.UNAVAILABLE,
-    SharingRefused: grpc.StatusCode.UNIMPLEMENTED,
-}
-ERROR_KEY = "hga-kvd-error"  # trailing metadata
-# A status travels in HTTP/2 headers, of which peers take 8 KiB; bytes outside ASCII take three there.
-SENTENCE_BYTES_MAX = 2 * KIB
 
 
 def _answers(method: Method) -> Method:
@@ -69,37 +51,13 @@ def _answers(method: Method) -> Method:
     def call(self: KvdService, request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return method(self, request, context)
-        except tuple(STATUS) as error:
-            kind = next(kind for kind in type(error).__mro__ if kind in STATUS)
-            code, sentence, meaning = STATUS[kind], str(error), kind.__name__
-        except grpc.RpcError:  # from a request stream: the client is gone or gave up
-            self.log.debug("stream broken", call=name, peer=context.peer())
-            code, sentence, meaning = grpc.StatusCode.CANCELLED, "the stream broke; nothing was stored", ""
-        except OSError as error:
-            self.log.error("device error", call=name, error=str(error))  # noqa: TRY400
-            code, meaning = grpc.StatusCode.UNAVAILABLE, ""
-            sentence = f"the device answered {error.strerror or error}; repeat the call"
-        except MemoryError:
-            self.log.error("out of memory", call=name)  # noqa: TRY400
-            code, meaning = grpc.StatusCode.RESOURCE_EXHAUSTED, "LimitExceeded"
-            sentence = "the daemon has no memory for this call; send smaller ones"
         except Exception as error:
-            self.log.exception("fault", call=name)
-            code, meaning = grpc.StatusCode.INTERNAL, ""
-            sentence = f"the daemon failed in {name} ({type(error).__name__}); its log has the details"
-        self.log.debug("refused", call=name, code=code.name, sentence=sentence)
-        if meaning:
-            context.set_trailing_metadata(((ERROR_KEY, meaning),))
-        return context.abort(code, _shortened(sentence))
+            answer = refusal(error, name, context.peer(), self.log)
+        if answer.meaning:
+            context.set_trailing_metadata(((ERROR_KEY, answer.meaning),))
+        return context.abort(answer.code, answer.sentence)
 
     return call  # type: ignore[return-value]
-
-
-def _shortened(sentence: str) -> str:
-    encoded = sentence.encode(errors="replace")
-    if len(encoded) <= SENTENCE_BYTES_MAX:
-        return sentence
-    return encoded[:SENTENCE_BYTES_MAX].decode(errors="ignore") + "..."
 
 
 class KvdService(kvd_pb2_grpc.KvdServicer):
@@ -120,7 +78,8 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         self.handover = handover
         self.settings = settings
         self.log = log
-        self.observe_fetch = observe_fetch
+        self.calls = Calls(engine, landing, settings, observe_fetch)
+        self.lanes = Lanes(self.calls, settings.clients_max, log)
         self.started = time.monotonic()
         self._inflight_bytes = 0
         self._inflight_lock = threading.Lock()
@@ -129,6 +88,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
     def watch_clients(self, handover: Handover) -> None:
         """Runs the handover until it is stopped, and lets go of what belonged to clients that are gone."""
         for client_id in handover.serve():
+            self.lanes.end(client_id)
             self.landing.release(client_id)
             self.log.info("client gone", attached=len(self.landing))
             try:
@@ -141,14 +101,16 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         if self.handover is None or not context.peer().startswith("unix:"):
             raise SharingRefused("shared memory needs the daemon's unix socket; go on with payloads in the messages")
         region, descriptor = self.landing.create(request.region_bytes)
-        token = self.handover.offer(region.client_id, descriptor)
-        self.log.info("client attached", region_bytes=region.bytes, huge_pages=region.huge_pages)
+        lane = self.lanes.open(region.client_id) if request.lane else ()
+        token = self.handover.offer(region.client_id, (descriptor, *lane))
+        self.log.info("client attached", region_bytes=region.bytes, huge_pages=region.huge_pages, lane=bool(lane))
         return kvd_pb2.AttachResponse(
             client_id=region.client_id,
             region_bytes=region.bytes,
             handover_socket=self.handover.path.name,
             token=token,
             huge_pages=region.huge_pages,
+            lane_version=layout.VERSION if lane else 0,
         )
 
     @_answers
@@ -187,27 +149,22 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
             if first is None or not first.HasField("header"):
                 raise errors.InvalidRequest("the first message of an Append has no header; send the header first")
             header = first.header
-            expected = self.engine.append_limit_check(header.session_id, header.first_chunk, header.chunk_count)
-            with contextlib.ExitStack() as stack:
-                if header.HasField("shared"):
-                    if header.shared.bytes != expected or first.payload:
-                        raise errors.InvalidRequest(
-                            f"shared.bytes is {header.shared.bytes}, with {len(first.payload)} bytes of payload beside "
-                            f"it; {header.chunk_count} chunks of this session take {expected} bytes in one of the two"
-                        )
-                    shared = header.shared
-                    payload = stack.enter_context(self.landing.borrow(shared.client_id, shared.offset, shared.bytes))
-                    if next(requests, None) is not None:
-                        raise errors.InvalidRequest("an Append from shared memory is one message; another one came")
-                else:
-                    stack.enter_context(self._inflight(expected))
-                    payload = _gathered(first.payload, requests, header.chunk_count, expected)
+            place = (header.session_id, header.first_chunk, header.chunk_count)
+            expected = self.engine.append_limit_check(*place)
+            if header.HasField("shared"):
+                if first.payload or next(requests, None) is not None:
+                    raise errors.InvalidRequest(
+                        "an Append from shared memory is one message without payload; send the bytes in one of the two"
+                    )
                 watchdog.cancel()
-                if not context.is_active():
-                    raise grpc.RpcError
-                count = self.engine.append(
-                    header.session_id, header.first_chunk, header.chunk_count, payload, header.token_ids
-                )
+                count = self.calls.append(*place, header.token_ids, _range(header.shared), context.is_active)
+            else:
+                with self._inflight(expected):
+                    payload = _gathered(first.payload, requests, header.chunk_count, expected)
+                    watchdog.cancel()
+                    if not context.is_active():
+                        raise GivenUp
+                    count = self.engine.append(*place, payload, header.token_ids)
         finally:
             watchdog.cancel()
         return kvd_pb2.AppendResponse(chunk_count=count)
@@ -215,38 +172,21 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
     @_answers
     def Fetch(self, request: kvd_pb2.FetchRequest, context: grpc.ServicerContext) -> bytes:
         """Returns the serialized FetchResponse: see `_fetch_response`."""
-        start = time.perf_counter()
-        record_bytes = self.engine.record_bytes(request.session_id)
-        keys = self._keys(request.keys)
-        size = len(keys) * record_bytes
-        if size > self.settings.fetch_bytes_max:
-            raise errors.LimitExceeded(
-                f"{len(keys)} records are {size} bytes; one Fetch may have {self.settings.fetch_bytes_max}: split it"
-            )
-        if not len(keys):
-            return b""
-        payload = None
         if request.HasField("shared"):
-            shared = request.shared
-            if shared.bytes < size:
-                raise errors.InvalidRequest(
-                    f"the shared range has {shared.bytes} bytes; {len(keys)} records take {size}"
-                )
-            with self.landing.borrow(shared.client_id, shared.offset, size) as destination:
-                if not context.is_active():  # given up while it waited: the range may have another use by now
-                    raise grpc.RpcError
-                fetched = self.engine.fetch(request.session_id, keys, destination)
-        else:
-            if size > self.settings.message_bytes_max:
-                raise errors.LimitExceeded(
-                    f"{len(keys)} records are {size} bytes; a message may have {self.settings.message_bytes_max}: "
-                    "split the call, or use shared memory"
-                )
-            destination = self._buffer(size)
-            fetched = self.engine.fetch(request.session_id, keys, destination)
-            payload = destination
-        if self.observe_fetch is not None:
-            self.observe_fetch(time.perf_counter() - start)
+            fetched = self.calls.fetch(request.session_id, request.keys, _range(request.shared), context.is_active)
+            return _fetch_response(None, fetched)
+        start = time.perf_counter()
+        keys, size = self.calls.sized_keys(request.session_id, request.keys)
+        if not size:
+            return b""
+        if size > self.settings.message_bytes_max:
+            raise errors.LimitExceeded(
+                f"{len(keys)} records are {size} bytes; a message may have {self.settings.message_bytes_max}: "
+                "split the call, or use shared memory"
+            )
+        payload = self._buffer(size)
+        fetched = self.engine.fetch(request.session_id, keys, payload)
+        self.calls.observe(start)
         return _fetch_response(payload, fetched)
 
     @_answers
@@ -322,16 +262,6 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
             response.session.token_ids = info.token_ids[start : start + room]
         return response
 
-    def _keys(self, packed: bytes) -> npt.NDArray[np.void]:
-        if len(packed) % KEY_DTYPE.itemsize:
-            raise errors.InvalidRequest(f"keys has {len(packed)} bytes, not a multiple of {KEY_DTYPE.itemsize}")
-        count = len(packed) // KEY_DTYPE.itemsize
-        if count > self.settings.fetch_keys_max:
-            raise errors.LimitExceeded(
-                f"{count} keys; one Fetch may have {self.settings.fetch_keys_max}: split the call"
-            )
-        return np.frombuffer(packed, KEY_DTYPE)
-
     def _buffer(self, size: int) -> U8:
         """This thread's buffer: its pages are there already, and one call at a time uses it."""
         if getattr(self._thread, "buffer", None) is None or self._thread.buffer.size < size:
@@ -354,6 +284,10 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         finally:
             with self._inflight_lock:
                 self._inflight_bytes -= size
+
+
+def _range(shared: kvd_pb2.SharedRange) -> Range:
+    return Range(shared.client_id, shared.offset, shared.bytes)
 
 
 def _gathered(first: bytes, rest: Iterator[kvd_pb2.AppendRequest], chunk_count: int, expected: int) -> U8:

@@ -1,4 +1,4 @@
-"""The client against the real daemon process: same bytes by every way, and sessions that outlive their daemon."""
+"""The client against the real daemon process: the same by every transport, and sessions that outlive their daemon."""
 
 from __future__ import annotations
 
@@ -38,34 +38,47 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+# Every transport there is: the fast lane, gRPC with payload in shared memory, and as bytes over unix socket and TCP.
+TRANSPORTS = {"lane": "auto", "shared": "shared", "bytes": "bytes", "tcp": "auto"}
+every_way = pytest.mark.parametrize("way", TRANSPORTS)
+
+
+@contextlib.contextmanager
+def connected_by(way, running, **options):
+    """A connection to the one daemon of `listening`, by this transport and no other."""
+    target = running.options[-1] if way == "tcp" else running.target
+    with connected(target, transport=TRANSPORTS[way], **options) as connection:
+        assert connection.transport == ("bytes" if way == "tcp" else way)
+        yield connection
+
+
+def listening(daemon, *options, **more):
+    """A daemon on its unix socket and on TCP."""
+    return daemon(*options, "--listen", f"127.0.0.1:{free_port()}", **more)
+
+
 @pytest.mark.parametrize("nvme", [True, False])
 def test_all_transports_give_the_same_bytes(daemon, nvme):
-    port = free_port()
     # An arena of 1 MiB at most: most of what is read comes from disk.
-    options = ("--listen", f"127.0.0.1:{port}", *(("--ram", "4MiB") if nvme else ()))
-    running = daemon(*options, nvme=nvme)
+    running = listening(daemon, *(("--ram", "4MiB") if nvme else ()), nvme=nvme)
     for geometry, chunks in ((WIDE, 40), (ODD, 30)):
         sent = payload(chunks, geometry)
         keys = all_keys(chunks, geometry)
         shuffled = np.random.default_rng(1).permutation(len(keys))[:300]
         with contextlib.ExitStack() as stack:
-            shared, as_bytes, tcp = (
-                stack.enter_context(connected(running.target)),
-                stack.enter_context(connected(running.target, transport="bytes")),
-                stack.enter_context(connected(f"127.0.0.1:{port}")),
-            )
-            assert [c.transport for c in (shared, as_bytes, tcp)] == ["shared", "bytes", "bytes"]
-            ids = [c.open(f"{c.transport}{i}", geometry).session_id for i, c in enumerate((shared, as_bytes, tcp))]
-            for connection, session_id in zip((shared, as_bytes, tcp), ids, strict=True):
+            connections = {way: stack.enter_context(connected_by(way, running)) for way in TRANSPORTS}
+            ids = {way: connection.open(way, geometry).session_id for way, connection in connections.items()}
+            for way, connection in connections.items():
                 for first in range(0, chunks, 10):
                     part = sent[first * geometry.chunk_bytes : (first + 10) * geometry.chunk_bytes]
-                    assert connection.append(session_id, first, 10, part) == first + 10
+                    tokens = np.arange(first, first + 10 * geometry.chunk_tokens, dtype="<u4").tobytes()
+                    assert connection.append(ids[way], first, 10, part, tokens) == first + 10
                     if nvme:
-                        connection.flush(session_id)
+                        connection.flush(ids[way])
             # What one connection wrote, all read.
-            for connection in (shared, as_bytes, tcp):
-                for i in range(3):
-                    opened = connection.open(f"{(shared, as_bytes, tcp)[i].transport}{i}", geometry)
+            for connection in connections.values():
+                for way in TRANSPORTS:
+                    opened = connection.open(way, geometry)
                     assert not opened.created
                     assert opened.chunk_count == chunks
                     everything = connection.fetch(opened.session_id, keys)
@@ -75,14 +88,18 @@ def test_all_transports_give_the_same_bytes(daemon, nvme):
                     some = connection.fetch(opened.session_id, keys[shuffled]).records
                     np.testing.assert_array_equal(some, sent.reshape(len(keys), -1)[shuffled])
             if nvme and geometry is WIDE:
-                assert shared.stat().fetched_nvme_records > 0
-            for session_id in ids:
-                shared.delete(session_id)
+                assert connections["lane"].stat().fetched_nvme_records > 0
+            told = {connections["tcp"].info(session_id).token_ids for session_id in ids.values()}
+            assert len(told) == 1
+            assert len(told.pop()) == 4 * chunks * geometry.chunk_tokens
+            for session_id in ids.values():
+                connections["lane"].delete(session_id)
 
 
-def test_big_calls_are_split(daemon):
-    running = daemon(environment={"HGA_KVD_FETCH_KEYS_MAX": "1000"})
-    with connected(running.target, region_bytes=2 << 20) as connection:
+@every_way
+def test_big_calls_are_split(daemon, way):
+    running = listening(daemon, environment={"HGA_KVD_FETCH_KEYS_MAX": "1000"})
+    with connected_by(way, running, region_bytes=2 << 20) as connection:
         session_id = connection.open("big", WIDE).session_id
         sent = payload(64, WIDE)  # 16 MiB through an append half of 1 MiB
         ids = np.arange(64 * 64, dtype="<u4")
@@ -93,9 +110,10 @@ def test_big_calls_are_split(daemon):
         assert connection.fetch(session_id, keys).records.tobytes() == sent.tobytes()
 
 
-def test_errors_of_the_daemon_are_typed(daemon):
-    running = daemon(nvme=False)
-    with connected(running.target) as connection:
+@every_way
+def test_errors_of_the_daemon_are_typed(daemon, way):
+    running = listening(daemon, nvme=False, environment={"HGA_KVD_FETCH_BYTES_MAX": "1MiB"})
+    with connected_by(way, running) as connection:
         opened = connection.open("a", WIDE)
         with pytest.raises(errors.GeometryMismatch, match="head_dim"):
             connection.open("a", Geometry(4, 2, 64, "bfloat16", model_fingerprint="wide"))
@@ -103,36 +121,46 @@ def test_errors_of_the_daemon_are_typed(daemon):
             connection.open("b", Geometry(0, 2, 64, "bfloat16"))
         with pytest.raises(errors.SessionNotFound):
             connection.open("b", None, create=False)
-        with pytest.raises(errors.AppendOutOfOrder):
+        with pytest.raises(errors.AppendOutOfOrder, match="starts at chunk 1, but session 1 ends at chunk 0"):
             connection.append(opened.session_id, 1, 1, payload(1, WIDE))
+        with pytest.raises(errors.InvalidRequest, match="3 bytes of token ids"):
+            connection.append(opened.session_id, 0, 1, payload(1, WIDE), b"123")
         connection.append(opened.session_id, 0, 1, payload(1, WIDE))
-        with pytest.raises(errors.KeyOutOfRange):
+        with pytest.raises(errors.KeyOutOfRange, match="key 32 asks for layer 0, KV head 0, group 4"):
             connection.fetch(opened.session_id, all_keys(2, WIDE))
+        with pytest.raises(errors.LimitExceeded, match="split"):
+            connection.fetch(opened.session_id, np.tile(all_keys(1, WIDE), 5))
         with pytest.raises(errors.SummariesNotFound):
             connection.get_summaries(opened.session_id, "x", 0, 1)
         connection.put_summaries(opened.session_id, "x", 0, 1, b"12")
         assert connection.get_summaries(opened.session_id, "x", 0, 1) == (1, b"12")
         with pytest.raises(errors.NotDurable):
             connection.flush(opened.session_id)
-        with pytest.raises(errors.StorageFull):
+        with pytest.raises(errors.StorageFull, match="the RAM arena of"):
             connection.append(opened.session_id, 1, 1000, np.zeros(1000 * WIDE.chunk_bytes, np.uint8))
         assert connection.info(opened.session_id).chunk_count > 1
         assert [info.name for info in connection.list()] == ["a"]
         connection.delete(opened.session_id)
-        connection.open("a", WIDE)
+        with pytest.raises(errors.SessionNotFound):
+            connection.append(opened.session_id, 1, 1, payload(1, WIDE))
+        connection._limits[opened.session_id] = connection._limits[connection.open("a", WIDE).session_id]
+        with pytest.raises(errors.SessionNotFound, match=f"session {opened.session_id} does not exist"):
+            connection.fetch(opened.session_id, all_keys(1, WIDE))
         with pytest.raises(errors.SessionNotFound):
             connection.get_summaries(connection.open("b", WIDE).session_id + 7, "x", 0, 1)
+        assert connection.transport == ("bytes" if way == "tcp" else way), "a refusal is no reason to change it"
 
 
-def test_a_daemon_that_does_not_answer_is_a_deadline(daemon):
-    running = daemon()
-    with connected(running.target, deadline_s=1.0) as connection:
+@every_way
+def test_a_daemon_that_does_not_answer_is_a_deadline(daemon, way):
+    running = listening(daemon)
+    with connected_by(way, running, deadline_s=1.0) as connection:
         session_id = connection.open("s", WIDE).session_id
         connection.append(session_id, 0, 2, payload(2, WIDE))
         os.kill(running.pid, signal.SIGSTOP)
         try:
             started = time.monotonic()
-            with pytest.raises(errors.DeadlineExceeded, match="1 s"):
+            with pytest.raises(errors.DeadlineExceeded, match="no answer within 1 s"):
                 connection.fetch(session_id, all_keys(2, WIDE))
             with pytest.raises(errors.DeadlineExceeded):
                 connection.append(session_id, 2, 1, payload(1, WIDE, seed=2))
@@ -143,7 +171,7 @@ def test_a_daemon_that_does_not_answer_is_a_deadline(daemon):
         assert connection.fetch(session_id, all_keys(2, WIDE)).records.tobytes() == payload(2, WIDE).tobytes()
 
 
-@pytest.mark.parametrize("transport", ["auto", "bytes"])
+@pytest.mark.parametrize("transport", ["auto", "shared", "bytes"])
 def test_every_group_opened_is_dense_attention(daemon, transport):
     running = daemon()
     tokens = Tokens(600)
@@ -165,7 +193,7 @@ def prefilled(client: Client, name: str | None, tokens: Tokens, count: int) -> S
     return session
 
 
-@pytest.mark.parametrize("transport", ["auto", "bytes"])
+@pytest.mark.parametrize("transport", ["auto", "shared", "bytes"])
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_a_session_goes_on_over_restarts(daemon, how, transport):
     """Decoding gives what it gives without restarts; kill -9 takes at most what the window still has."""

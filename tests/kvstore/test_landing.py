@@ -183,7 +183,7 @@ def served():
 def offer(served, client_id, content=b"region"):
     descriptor = os.memfd_create("test")
     os.write(descriptor, content)
-    return served.handover.offer(client_id, descriptor)
+    return served.handover.offer(client_id, (descriptor,))
 
 
 def closed(peer):
@@ -308,7 +308,7 @@ def test_descriptors_do_not_leak(served):
 def test_memory_of_a_whole_life(landing, served):
     """Create, offer, hand over, write on one side, read on the other, die, release."""
     region, descriptor = landing.create(2 * MIB)
-    token = served.handover.offer(region.client_id, descriptor)
+    token = served.handover.offer(region.client_id, (descriptor,))
     with served.connect() as client:
         client.sendall(token)
         _, descriptors, _, _ = socket.recv_fds(client, 1, 1)

@@ -19,8 +19,9 @@ from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing, NotAttached
 from hga_kvd.log import make_log
 from hga_kvd.metrics import Metrics
+from hga_kvd.refusals import STATUS, SharingRefused
 from hga_kvd.server import Server
-from hga_kvd.service import STATUS, KvdService, SharingRefused, _gathered
+from hga_kvd.service import KvdService, _gathered
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +91,7 @@ class Running:
         for channel in self.channels:
             channel.close()
         self.server.stop(self.settings.grace_s)
+        self.service.lanes.shutdown(5)
         self.handover.stop()
         self.watcher.join(10)
         assert not self.watcher.is_alive()

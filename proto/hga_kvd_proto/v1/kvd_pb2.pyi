@@ -45,24 +45,28 @@ class SharedRange(_message.Message):
     def __init__(self, client_id: _Optional[int] = ..., offset: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("region_bytes",)
+    __slots__ = ("region_bytes", "lane")
     REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
     region_bytes: int
-    def __init__(self, region_bytes: _Optional[int] = ...) -> None: ...
+    lane: bool
+    def __init__(self, region_bytes: _Optional[int] = ..., lane: bool = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("client_id", "region_bytes", "handover_socket", "token", "huge_pages")
+    __slots__ = ("client_id", "region_bytes", "handover_socket", "token", "huge_pages", "lane_version")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
     HANDOVER_SOCKET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     HUGE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    LANE_VERSION_FIELD_NUMBER: _ClassVar[int]
     client_id: int
     region_bytes: int
     handover_socket: str
     token: bytes
     huge_pages: bool
-    def __init__(self, client_id: _Optional[int] = ..., region_bytes: _Optional[int] = ..., handover_socket: _Optional[str] = ..., token: _Optional[bytes] = ..., huge_pages: bool = ...) -> None: ...
+    lane_version: int
+    def __init__(self, client_id: _Optional[int] = ..., region_bytes: _Optional[int] = ..., handover_socket: _Optional[str] = ..., token: _Optional[bytes] = ..., huge_pages: bool = ..., lane_version: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
     __slots__ = ("name", "geometry", "create", "client_id")

@@ -1,0 +1,101 @@
+"""The client's end of the fast lane: one call at a time through shared memory. docs/fastlane.md is the contract.
+
+Requests are answered in their order, so a call that was given up is answered before the one that comes after it: its
+late answer is passed over, and it cannot write into the answer of the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hga_kvd_proto import lane as layout
+
+from hga_kvd_client.errors import DeadlineExceeded, Unavailable
+
+
+class LaneClosed(Exception):
+    """The daemon ended this lane; nothing posted on it is under way. The region still serves calls over gRPC."""
+
+
+class Completion(NamedTuple):
+    """code: of a gRPC status, 0 for OK. body: statuses; of a refusal its meaning, a zero byte and the sentence."""
+
+    code: int
+    chunk_count: int
+    ram_records: int
+    nvme_records: int
+    body: bytes
+
+
+class Lane:
+    def __init__(self, descriptors: Sequence[int], handover: int) -> None:
+        """Takes over the descriptors of memory, request bell and completion bell. handover: its end means death.
+
+        Raises OSError, ValueError.
+        """
+        memory, *self._bells = descriptors
+        try:
+            self._memory = memoryview(mmap.mmap(memory, layout.LANE_BYTES))
+            self._watch = layout.Watch(self._memory, layout.COMPLETIONS_POSTED, self._bells[1], handover)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(memory)
+        self._posted_word = self._memory[layout.REQUESTS_POSTED :][:8].cast("Q")
+        self._posted = self._completed = 0
+
+    def call(
+        self,
+        verb: int,
+        body: bytes,
+        session_id: int,
+        *,
+        epoch: int = 0,
+        offset: int = 0,
+        size: int = 0,
+        first_chunk: int = 0,
+        chunk_count: int = 0,
+        deadline_us: int = 0,
+        timeout_s: float,
+    ) -> Completion:
+        """Raises: LaneClosed; Unavailable when the daemon is gone; DeadlineExceeded after timeout_s."""
+        sequence = self._posted
+        if sequence - self._completed >= layout.SLOT_COUNT:
+            self._wait(sequence - layout.SLOT_COUNT, timeout_s)
+        at = layout.request_at(sequence)
+        memory = self._memory
+        memory[at + layout.HEADER_BYTES : at + layout.HEADER_BYTES + len(body)] = body
+        fields = (session_id, epoch, offset, size, first_chunk, chunk_count, deadline_us)
+        layout.REQUEST.pack_into(memory, at, sequence, verb, len(body), *fields)
+        self._posted = self._posted_word[0] = sequence + 1
+        os.eventfd_write(self._bells[0], 1)
+        self._wait(sequence, timeout_s)
+        at = layout.completion_at(sequence)
+        said, code, body_bytes, chunk_count, ram_records, nvme_records = layout.COMPLETION.unpack_from(memory, at)
+        assert said == sequence, "the daemon answered another request"
+        at += layout.HEADER_BYTES
+        return Completion(code, chunk_count, ram_records, nvme_records, bytes(memory[at : at + body_bytes]))
+
+    def _wait(self, sequence: int, timeout_s: float) -> None:
+        """Returns when this request was answered."""
+        while self._completed <= sequence:
+            before, self._completed = self._completed, self._watch.wait(self._completed, timeout_s)
+            if self._completed == layout.CLOSED:
+                self._completed = before
+                raise LaneClosed
+            if self._completed == before:
+                if self._watch.alarmed:
+                    raise Unavailable("the daemon closed the connection of this client")
+                raise DeadlineExceeded(f"no answer within {timeout_s:g} s")
+
+    def close(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._watch.close()
+        for bell in self._bells:
+            os.close(bell)
+        self._bells = []

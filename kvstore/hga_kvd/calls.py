@@ -1,0 +1,100 @@
+"""The calls that carry payload through shared memory, in plain values: what gRPC and the fast lane do the same way.
+
+One place checks their sizes and borrows their ranges, so both have the same limits and refuse with the same sentences.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from hga_kvd import errors
+from hga_kvd.config import Settings
+from hga_kvd.engine import Engine, Fetched
+from hga_kvd.geometry import KEY_DTYPE, Keys
+from hga_kvd.landing import Landing
+from hga_kvd.refusals import GivenUp
+
+
+class Range(NamedTuple):
+    """Bytes of a client's region."""
+
+    client_id: int
+    offset: int
+    bytes: int
+
+
+class Calls:
+    def __init__(
+        self, engine: Engine, landing: Landing, settings: Settings, observe_fetch: Callable[[float], None] | None
+    ) -> None:
+        self.engine = engine
+        self.landing = landing
+        self.settings = settings
+        self.observe_fetch = observe_fetch
+
+    def fetch(self, session_id: int, packed_keys: bytes, shared: Range, wanted: Callable[[], bool]) -> Fetched:
+        """Records into the client's region. wanted: asked once the range is ours.
+
+        Raises: InvalidRequest, LimitExceeded, SessionNotFound, KeyOutOfRange, NotAttached, GivenUp.
+        """
+        start = time.perf_counter()
+        keys, size = self.sized_keys(session_id, packed_keys)
+        if not size:
+            return Fetched(None, 0, 0)
+        if shared.bytes < size:
+            raise errors.InvalidRequest(f"the shared range has {shared.bytes} bytes; {len(keys)} records take {size}")
+        with self.landing.borrow(shared.client_id, shared.offset, size) as destination:
+            if not wanted():
+                raise GivenUp
+            fetched = self.engine.fetch(session_id, keys, destination)
+        self.observe(start)
+        return fetched
+
+    def observe(self, started: float) -> None:
+        """Notes the time of a fetch that began then."""
+        if self.observe_fetch is not None:
+            self.observe_fetch(time.perf_counter() - started)
+
+    def sized_keys(self, session_id: int, packed: bytes) -> tuple[Keys, int]:
+        """The keys, and the bytes that their records take. Raises: InvalidRequest, LimitExceeded, SessionNotFound."""
+        record_bytes = self.engine.record_bytes(session_id)
+        count, rest = divmod(len(packed), KEY_DTYPE.itemsize)
+        if rest:
+            raise errors.InvalidRequest(f"keys has {len(packed)} bytes, not a multiple of {KEY_DTYPE.itemsize}")
+        if count > self.settings.fetch_keys_max:
+            raise errors.LimitExceeded(
+                f"{count} keys; one Fetch may have {self.settings.fetch_keys_max}: split the call"
+            )
+        size = count * record_bytes
+        if size > self.settings.fetch_bytes_max:
+            raise errors.LimitExceeded(
+                f"{count} records are {size} bytes; one Fetch may have {self.settings.fetch_bytes_max}: split it"
+            )
+        return np.frombuffer(packed, KEY_DTYPE), size
+
+    def append(
+        self,
+        session_id: int,
+        first_chunk: int,
+        chunk_count: int,
+        token_ids: bytes,
+        shared: Range,
+        wanted: Callable[[], bool],
+    ) -> int:
+        """Chunks from the client's region; returns the session's chunk count.
+
+        Raises: as Engine.append; NotAttached, GivenUp.
+        """
+        expected = self.engine.append_limit_check(session_id, first_chunk, chunk_count)
+        if shared.bytes != expected:
+            raise errors.InvalidRequest(
+                f"shared.bytes is {shared.bytes}; {chunk_count} chunks of this session take {expected} bytes"
+            )
+        with self.landing.borrow(*shared) as payload:
+            if not wanted():
+                raise GivenUp
+            return self.engine.append(session_id, first_chunk, chunk_count, payload, token_ids)

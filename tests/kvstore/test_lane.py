@@ -1,0 +1,371 @@
+"""The fast lane over a real engine in this process: honest clients, dead ones, and ones that write what they like."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from hga_kvd.engine import Engine
+from hga_kvd.lane import Lanes
+from hga_kvd_client.errors import DeadlineExceeded, Unavailable
+from hga_kvd_client.lane import Lane, LaneClosed
+from hga_kvd_proto import lane as layout
+from hga_kvd_proto.v1 import kvd_pb2
+from test_service import CODE, Running
+from wire import GEOMETRY, MIB, Client, LaneClient, all_keys, append, open_session, payload_of, records_of, refused
+
+RECORD = GEOMETRY.record_bytes
+
+
+@pytest.fixture
+def kvd():
+    running = Running()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def lane(kvd):
+    client = LaneClient(kvd.stub, kvd.path)
+    yield client
+    client.close()
+
+
+def lane_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "lane"]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+def filled(kvd, chunks=3):
+    session_id = open_session(kvd.stub).session_id
+    payload = payload_of(chunks)
+    append(kvd.stub, session_id, payload)
+    return session_id, payload
+
+
+def fetch(lane, session_id, keys, offset=0, **fields):
+    fields = {"size": len(keys) * RECORD, **fields}
+    lane.post(layout.FETCH, keys.tobytes(), session_id=session_id, offset=offset, **fields)
+
+
+def test_many_fetches_go_round_the_ring(kvd, lane):
+    session_id, payload = filled(kvd)
+    chance = np.random.default_rng(0)
+    for _ in range(3 * layout.SLOT_COUNT + 1):
+        keys = chance.choice(all_keys(3), chance.integers(1, 40))
+        fetch(lane, session_id, keys, 4096)
+        assert lane.completion() == (0, b"", (0, len(keys), 0))
+        got = lane.memory[4096 : 4096 + len(keys) * RECORD]
+        assert got.tobytes() == records_of(payload, keys).tobytes()
+
+
+def test_several_requests_under_way_are_answered_in_order(kvd, lane):
+    session_id, payload = filled(kvd)
+    keys = all_keys(3)
+    for place in range(layout.SLOT_COUNT):
+        fetch(lane, session_id, keys[place : place + 5], 8 * 4096 * place, ring=place == layout.SLOT_COUNT - 1)
+    for place in range(layout.SLOT_COUNT):
+        assert lane.completion(place)[0] == 0
+        at = 8 * 4096 * place
+        expected = records_of(payload, keys[place : place + 5]).tobytes()
+        assert lane.memory[at : at + len(expected)].tobytes() == expected
+
+
+def test_append_takes_the_payload_and_the_token_ids(kvd, lane):
+    session_id = open_session(kvd.stub).session_id
+    payload, ids = payload_of(2), np.arange(128, dtype="<u4").tobytes()
+    lane.memory[MIB : MIB + payload.size] = payload
+    place = {"session_id": session_id, "offset": MIB, "size": payload.size, "first_chunk": 0, "chunk_count": 2}
+    lane.post(layout.APPEND, ids, **place)
+    assert lane.completion() == (0, b"", (2, 0, 0))
+    lane.post(layout.APPEND, ids, **place)
+    assert lane.completion()[:2] == (CODE.FAILED_PRECONDITION, "AppendOutOfOrder")
+    assert kvd.engine.info(session_id).token_ids == ids
+    keys = all_keys(2)
+    fetch(lane, session_id, keys)
+    assert lane.completion()[0] == 0
+    assert lane.memory[: len(keys) * RECORD].tobytes() == records_of(payload, keys).tobytes()
+
+
+def test_refusals_are_those_of_grpc(kvd, lane):
+    """The same status, meaning and sentence for everything that both can be asked."""
+    session_id, _ = filled(kvd, 1)
+    keys = all_keys(1)
+    beyond = keys[:1].copy()
+    beyond["layer"] = 7
+    cases = [
+        (999, keys[:1].tobytes(), 0, RECORD),
+        (session_id, keys[:1].tobytes()[:-1], 0, RECORD),
+        (session_id, beyond.tobytes(), 0, RECORD),
+        (session_id, keys[:1].tobytes(), 1, RECORD),
+        (session_id, keys[:1].tobytes(), 2 * MIB, RECORD),
+        (session_id, keys[:1].tobytes(), 2**64 - 4096, RECORD),
+        (session_id, keys[:2].tobytes(), 0, RECORD),
+    ]
+    for session, packed, offset, size in cases:
+        shared = lane.range(offset, size)
+        expected = refused(kvd.stub.Fetch, kvd_pb2.FetchRequest(session_id=session, keys=packed, shared=shared))
+        lane.post(layout.FETCH, packed, session_id=session, offset=offset, size=size)
+        code, meaning, sentence = lane.completion()
+        assert (code, sentence, meaning) == expected
+    for first_chunk, count, size in ((0, 1, 0), (1, 0, 0), (1, 2**32 - 1, 0), (1, 1, 4096)):
+        header = kvd_pb2.AppendHeader(
+            session_id=session_id, first_chunk=first_chunk, chunk_count=count, shared=lane.range(0, size)
+        )
+        expected = refused(kvd.stub.Append, iter([kvd_pb2.AppendRequest(header=header)]))
+        lane.post(layout.APPEND, session_id=session_id, size=size, first_chunk=first_chunk, chunk_count=count)
+        code, meaning, sentence = lane.completion()
+        assert (code, sentence, meaning) == expected
+    assert not lane.memory.any()
+
+
+def test_lies_in_a_header_are_refused_and_the_lane_goes_on(kvd, lane):
+    session_id, payload = filled(kvd, 1)
+    for lie in ({"sequence": 7}, {"body_bytes": layout.REQUEST_BODY_BYTES + 1}, {"body_bytes": 2**32 - 1}):
+        lane.post(layout.FETCH, b"", session_id=session_id, **lie)
+        assert lane.completion()[:2] == (CODE.INVALID_ARGUMENT, "InvalidRequest"), lie
+    lane.post(99, b"", session_id=session_id)
+    assert "verb 99" in lane.completion()[2]
+    fetch(lane, session_id, all_keys(1))
+    assert lane.completion()[0] == 0
+    assert lane.memory[: payload.size].tobytes() == records_of(payload, all_keys(1)).tobytes()
+
+
+def test_a_request_is_read_once(kvd, lane, monkeypatch):
+    """What the client writes after the daemon has looked changes nothing: neither keys nor range."""
+    session_id, payload = filled(kvd)
+    keys = all_keys(3)[:4]
+    record_bytes = kvd.engine.record_bytes
+
+    def treacherous(session):
+        at = layout.request_at(0)
+        evil = all_keys(3)[8:12].tobytes()
+        lane.lane[at + layout.HEADER_BYTES :][: len(evil)] = evil
+        layout.REQUEST.pack_into(lane.lane, at, 0, layout.FETCH, 8 * 4000, 99, 0, 1 << 40, 1 << 40, 0, 0, 0)
+        return record_bytes(session)
+
+    monkeypatch.setattr(kvd.engine, "record_bytes", treacherous)
+    fetch(lane, session_id, keys)
+    assert lane.completion() == (0, b"", (0, 4, 0))
+    assert lane.memory[: 4 * RECORD].tobytes() == records_of(payload, keys).tobytes()
+    assert not lane.memory[4 * RECORD :].any()
+
+
+@pytest.mark.parametrize("posted", [layout.SLOT_COUNT + 1, layout.CLOSED, 1 << 63])
+def test_a_counter_that_cannot_be_ends_that_lane_only(kvd, lane, posted):
+    session_id, payload = filled(kvd, 1)
+    other = LaneClient(kvd.stub, kvd.path)
+    lane.posted_word[0] = posted
+    os.eventfd_write(lane.request_bell, 1)
+    wait_for(lambda: lane.completed_word[0] == layout.CLOSED)
+    for client in (other, None):
+        if client is None:  # its region serves on, over gRPC
+            shared = lane.range(0, payload.size)
+            kvd.stub.Fetch(kvd_pb2.FetchRequest(session_id=session_id, keys=all_keys(1).tobytes(), shared=shared))
+            client = lane  # noqa: PLW2901
+        else:
+            fetch(client, session_id, all_keys(1))
+            assert client.completion()[0] == 0
+        assert client.memory[: payload.size].tobytes() == records_of(payload, all_keys(1)).tobytes()
+    other.close()
+
+
+def test_a_counter_that_goes_back_ends_the_lane(kvd, lane):
+    session_id, _ = filled(kvd, 1)
+    fetch(lane, session_id, all_keys(1))
+    lane.completion()
+    lane.posted_word[0] = 0
+    os.eventfd_write(lane.request_bell, 1)
+    wait_for(lambda: lane.completed_word[0] == layout.CLOSED)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_in_the_lane_harms_nobody_else(kvd, lane, seed):
+    """A client that writes random bytes over its whole lane, over and over, and rings."""
+    session_id, payload = filled(kvd)
+    other = LaneClient(kvd.stub, kvd.path)
+    chance = np.random.default_rng(seed)
+    noise = np.frombuffer(lane.lane, np.uint8)
+    keys = all_keys(3)
+    for turn in range(30):
+        noise[4096:] = chance.integers(0, 256, noise.size - 4096, np.uint8)
+        if turn % 3:  # headers that come further: a true sequence, verbs that exist, small numbers
+            for place in range(turn, turn + 4):
+                numbers = chance.integers(0, 5000, 9)
+                numbers[0] = chance.integers(1, 4)
+                layout.REQUEST.pack_into(lane.lane, layout.request_at(place), place, *numbers.tolist())
+        lane.posted_word[0] = min(turn + 1, lane.completed_word[0] + layout.SLOT_COUNT)
+        os.eventfd_write(lane.request_bell, 1)
+        fetch(other, session_id, keys)
+        assert other.completion()[0] == 0
+        assert other.memory[: payload.size].tobytes() == records_of(payload, keys).tobytes()
+    assert kvd.engine.info(session_id).chunk_count == 3
+    assert '"fault"' not in kvd.stream.text
+    other.close()
+
+
+def test_a_doorbell_that_is_full_and_blocks_holds_nobody(kvd):
+    """The daemon's answer then blocks in its own thread; the client's end sets it free."""
+    session_id, _ = filled(kvd, 1)
+    mallory = LaneClient(kvd.stub, kvd.path)
+    os.eventfd_write(mallory.completion_bell, 2**64 - 2)
+    os.set_blocking(mallory.completion_bell, True)
+    os.set_blocking(mallory.request_bell, True)
+    fetch(mallory, session_id, all_keys(1))
+    wait_for(lambda: mallory.completed_word[0] == 1)
+    assert lane_threads()
+    honest = LaneClient(kvd.stub, kvd.path)
+    fetch(honest, session_id, all_keys(1))
+    assert honest.completion()[0] == 0
+    mallory.socket.close()  # and keeps the doorbells
+    honest.close()
+    wait_for(lambda: not lane_threads())
+
+
+def test_a_stolen_ring_is_made_up_by_the_next(kvd, lane):
+    session_id, _ = filled(kvd, 1)
+    fetch(lane, session_id, all_keys(1))
+    lane.completion()
+    time.sleep(0.05)  # the daemon sleeps
+    fetch(lane, session_id, all_keys(1)[:1], ring=False)
+    time.sleep(0.05)
+    os.eventfd_read(lane.request_bell)
+    fetch(lane, session_id, all_keys(1)[:2])
+    assert lane.completion(1)[0] == lane.completion(2)[0] == 0
+
+
+def test_everything_of_a_dead_client_is_reclaimed(kvd):
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    session_id, _ = filled(kvd, 1)
+    LaneClient(kvd.stub, kvd.path).close()
+    wait_for(lambda: not lane_threads())
+    before = opened()
+    for _ in range(20):
+        client = LaneClient(kvd.stub, kvd.path)
+        fetch(client, session_id, all_keys(1))
+        client.completion()
+        client.close()
+    wait_for(lambda: not lane_threads() and len(kvd.landing) == 0 and len(kvd.service.lanes) == 0)
+    del client
+    wait_for(lambda: opened() <= before + 2)  # the last lane's memory goes when the next one comes
+
+
+def test_a_client_that_dies_in_mid_call(kvd, monkeypatch):
+    session_id, payload = filled(kvd, 1)
+    halfway, go_on = threading.Event(), threading.Event()
+    engine_fetch = Engine.fetch
+
+    def slow(self, *arguments):
+        halfway.set()
+        assert go_on.wait(10)
+        return engine_fetch(self, *arguments)
+
+    monkeypatch.setattr(Engine, "fetch", slow)
+    client = LaneClient(kvd.stub, kvd.path)
+    fetch(client, session_id, all_keys(1))
+    assert halfway.wait(5)
+    client.close()
+    wait_for(lambda: len(kvd.landing) == 0)
+    assert lane_threads()  # it still writes there, into memory that it keeps alive
+    go_on.set()
+    wait_for(lambda: not lane_threads())
+    assert client.memory[: payload.size].tobytes() == records_of(payload, all_keys(1)).tobytes()
+
+
+def test_lanes_are_limited_and_need_the_right_machine(kvd, monkeypatch):
+    lanes = Lanes(kvd.service.calls, 1, kvd.service.log)
+    descriptors = lanes.open(1)
+    assert len(descriptors) == 3
+    assert lanes.open(2) == ()
+    lanes.end(1)
+    wait_for(lambda: not lane_threads())
+    assert len(lanes.open(2)) == 3
+    lanes.shutdown(5)
+    assert lanes.open(3) == ()
+    monkeypatch.setattr(layout.platform, "machine", lambda: "aarch64")
+    answer = kvd.stub.Attach(kvd_pb2.AttachRequest(region_bytes=MIB, lane=True))
+    assert answer.lane_version == 0
+
+
+def test_a_client_that_asks_for_no_lane_gets_one_descriptor(kvd):
+    Client(kvd.stub, kvd.path).socket.close()
+    assert len(kvd.service.lanes) == 0
+
+
+@pytest.fixture
+def raw(kvd):
+    """A client's Lane on a lane whose other end is this test."""
+    lanes = Lanes(kvd.service.calls, 1, kvd.service.log)
+    memory, *bells = lanes.open(5)
+    lanes._lanes[5].stop()
+    lanes._lanes[5].thread.join(5)
+    words = memoryview(layout_map(memory))
+    words[layout.COMPLETIONS_POSTED :][:8].cast("Q")[0] = 0
+    alarm = os.eventfd(0)
+    yield Lane([memory, *bells], alarm), words, alarm
+    os.close(alarm)
+
+
+def layout_map(descriptor):
+    import mmap  # noqa: PLC0415
+
+    return mmap.mmap(descriptor, layout.LANE_BYTES)
+
+
+def test_a_call_that_was_given_up_is_passed_over(raw):
+    lane, words, _ = raw
+    completed = words[layout.COMPLETIONS_POSTED :][:8].cast("Q")
+    with pytest.raises(DeadlineExceeded):
+        lane.call(layout.FETCH, b"", 1, timeout_s=0.05)
+    for sequence in (0, 1):
+        layout.COMPLETION.pack_into(words, layout.completion_at(sequence), sequence, 0, 0, 10 + sequence, 0, 0)
+    completed[0] = 1
+
+    def answer_late():
+        time.sleep(0.05)
+        completed[0] = 2
+        os.eventfd_write(lane._bells[1], 1)
+
+    thread = threading.Thread(target=answer_late)
+    thread.start()
+    assert lane.call(layout.FETCH, b"", 1, timeout_s=5).chunk_count == 11
+    thread.join()
+    lane.close()
+
+
+def test_a_full_ring_a_closed_lane_and_a_dead_daemon(raw):
+    lane, words, alarm = raw
+    for _ in range(layout.SLOT_COUNT + 1):  # the last one finds no slot, and overwrites none
+        with pytest.raises(DeadlineExceeded):
+            lane.call(layout.FETCH, b"", 1, timeout_s=0.01)
+    assert words[layout.REQUESTS_POSTED :][:8].cast("Q")[0] == layout.SLOT_COUNT
+    os.eventfd_write(alarm, 1)
+    with pytest.raises(Unavailable):
+        lane.call(layout.FETCH, b"", 1, timeout_s=5)
+    words[layout.COMPLETIONS_POSTED :][:8].cast("Q")[0] = layout.CLOSED
+    with pytest.raises(LaneClosed):
+        lane.call(layout.FETCH, b"", 1, timeout_s=5)
+    lane.close()
+
+
+def test_a_slow_wait_does_not_spin_again():
+    memory = memoryview(bytearray(layout.LANE_BYTES))
+    bell, alarm = os.eventfd(0), os.eventfd(0)
+    watch = layout.Watch(memory, 0, bell, alarm)
+    assert watch.wait(0, 0.02) == 0
+    watch._quick = False
+    before = time.process_time()
+    assert watch.wait(0, 0.2) == 0
+    assert time.process_time() - before < 0.05
+    watch.close()
+    os.close(bell)
+    os.close(alarm)
