@@ -23,15 +23,21 @@ from hga_kvd.format import (
     decode_frame_header,
     decode_segment_header,
     decode_table,
+    encode_segment_header,
 )
 from hga_kvd.memory import address_of, aligned_buffer
 
 U8 = npt.NDArray[np.uint8]
 
+SECTOR_BYTES = 512  # what a device writes whole or not at all
+
 # Header and table of a few chunks of a real model (6 KiB a chunk) in one read.
 HEAD_READ_BYTES = 64 << 10
 # One read while looking for the next sound frame, or through a body.
 SCAN_READ_BYTES = 4 << 20
+# What is not sound is read once more, as records are: a read that failed, or brought other bytes, for once must not cut
+# off what was flushed.
+TRIES = 2
 
 
 @dataclass(frozen=True)
@@ -109,15 +115,25 @@ class _Walker:
         return Walk(taken, end, next_sequence, damage, self._unreadable, stale)
 
     def _read(self, offset: int, length: int) -> U8 | None:
-        try:
-            return read_bytes(self._disk, self._handle, offset, length)
-        except OSError:
-            self._unreadable = True
-            return None
+        for _ in range(TRIES):
+            try:
+                return read_bytes(self._disk, self._handle, offset, length)
+            except OSError:
+                continue
+        self._unreadable = True
+        return None
 
     def _frame_at(self, offset: int, limit: int) -> Frame | None:
         """The sound frame that starts here and ends by `limit`, or None."""
-        head = self._read(offset, min(HEAD_READ_BYTES, limit - offset))
+        tries = (self._try_frame_at(offset, limit) for _ in range(TRIES))
+        return next((frame for frame in tries if frame is not None), None)
+
+    def _try_frame_at(self, offset: int, limit: int) -> Frame | None:
+        head: U8 | None
+        try:
+            head = read_bytes(self._disk, self._handle, offset, min(HEAD_READ_BYTES, limit - offset))
+        except OSError:  # a bad sector behind the head is no damage to the head
+            head = self._read(offset, BLOCK_BYTES)
         if head is None:
             return None
         try:
@@ -158,30 +174,39 @@ class _Walker:
         step = max(1, SCAN_READ_BYTES // stride)  # extents a read
         for first in range(0, unit_count, step):
             extents = min(step, unit_count - first)
-            piece = self._read(header.body_offset + first * stride, extents * stride)
-            if piece is None:
-                return False
             starts = (np.arange(extents)[:, None] * stride + np.arange(records) * unit_bytes).reshape(-1)
-            found = checksums(piece.data, starts, unit_bytes, seeds[first : first + extents].reshape(-1))
-            if (found != expected[first : first + extents].reshape(-1)).any():
+            for _ in range(TRIES):
+                piece = self._read(header.body_offset + first * stride, extents * stride)
+                if piece is None:
+                    return False
+                found = checksums(piece.data, starts, unit_bytes, seeds[first : first + extents].reshape(-1))
+                if (found == expected[first : first + extents].reshape(-1)).all():
+                    break
+            else:
                 return False
         return True
 
 
 def header_fits(disk: Disk, handle: int, segment_id: int, unwritten: bool = False) -> bool:
-    """Whether the file starts with this segment's header; with `unwritten`, also if its first block is all zeros."""
-    if disk.size(handle) < BLOCK_BYTES:
+    """Whether the file starts with this segment's header.
+
+    unwritten: also if power was lost while it was written, and each sector of it is the header's or still zeros.
+    """
+    size = disk.size(handle)
+    if size < BLOCK_BYTES:
         return False
-    try:
-        block = read_bytes(disk, handle, 0, BLOCK_BYTES)
-    except OSError:
-        return False
-    if unwritten and not block.any():
-        return True
-    try:
-        return decode_segment_header(block.tobytes())[0] == segment_id
-    except BadBytes:
-        return False
+    whole = np.frombuffer(encode_segment_header(segment_id, size), np.uint8).reshape(-1, SECTOR_BYTES)
+    for _ in range(TRIES):
+        try:
+            block = read_bytes(disk, handle, 0, BLOCK_BYTES)
+            sectors = block.reshape(-1, SECTOR_BYTES)
+            if unwritten and ((sectors == whole).all(1) | ~sectors.any(1)).all():
+                return True
+            if decode_segment_header(block.tobytes())[0] == segment_id:
+                return True
+        except (OSError, BadBytes):
+            continue
+    return False
 
 
 def erase_heads(disk: Disk, handle: int, offsets: list[int]) -> None:

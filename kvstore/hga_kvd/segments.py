@@ -89,10 +89,13 @@ class SegmentLog:
         self.open: Segment | None = None
         self.next_segment_id = 1
         self.written_bytes = 0
+        self._condemned: list[
+            Segment
+        ] = []  # their files are still there and take space, whatever removing them has met
 
     def used_bytes(self) -> int:
         """Space that segments take."""
-        return sum(segment.size for segment in list(self.segments.values()))
+        return sum(segment.size for segment in [*self.segments.values(), *self._condemned])
 
     def capacity_bytes(self) -> int:
         """Most that segments may take."""
@@ -138,8 +141,9 @@ class SegmentLog:
             self._disk.sync(handle)
             self._disk.sync_names()
         except OSError:
-            self._disk.close(handle)
-            self._disk.remove(name)
+            unused = Segment(segment_id, handle, size, "poisoned")
+            self._condemned.append(unused)
+            self.erase([unused])
             raise
         self.open = self.segments[segment_id] = Segment(segment_id, handle, size, "open")
 
@@ -223,20 +227,25 @@ class SegmentLog:
             segment.pins -= 1
 
     def drop_dead(self, damaged_too: bool) -> list[Segment]:
-        """Takes segments out of the log that hold nothing live and that nobody reads; `erase` them, manifest first."""
+        """Takes segments out of the log that hold nothing live and that nobody reads; `erase` them, manifest first.
+
+        Returns also those that earlier calls took out and could not erase.
+        """
         dead = [s for s in self.segments.values() if not s.live and not s.pins and (damaged_too or not s.damaged)]
         dead = [s for s in dead if s is not self.open or s.used_bytes > BLOCK_BYTES]
         for segment in dead:
             del self.segments[segment.segment_id]
             if segment is self.open:
                 self.open = None
-        return dead
+        self._condemned += dead
+        return list(self._condemned)
 
     def erase(self, segments: list[Segment]) -> None:
         """Removes the files of segments that the manifest does not name any more. Raises OSError."""
         for segment in segments:
             if segment.handle >= 0:
-                self._disk.close(segment.handle)
                 self._disk.remove(segment_name(segment.segment_id))
+                self._disk.close(segment.handle)
+            self._condemned.remove(segment)
         if segments:
             self._disk.sync_names()

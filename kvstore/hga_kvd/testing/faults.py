@@ -79,14 +79,19 @@ class Remains:
     mode: Mode
     seed: int
 
+    @staticmethod
+    def draw(chance: random.Random) -> Remains:
+        mode: Mode = chance.choices(("lose", "keep", "torn", "half"), (3, 1, 2, 4))[0]
+        return Remains(mode, chance.randrange(1 << 30))
+
 
 @dataclass(frozen=True)
 class Life:
     steps: int
     crash_at: int  # the disk operation that power fails in, from 1; 0: after the last step
     remains: Remains
-    recovery_crashes: tuple[tuple[int, Remains], ...]  # power losses in starts before the one that comes through
-    faults: tuple[Fault, ...]
+    recovery_crashes: tuple[tuple[int, Remains], ...] = ()  # power losses in starts before the one that comes through
+    faults: tuple[Fault, ...] = ()
     stops: bool = False  # ends with an orderly stop if it gets there
 
 
@@ -95,22 +100,19 @@ class Schedule:
     seed: int
     severity: Severity
     lives: tuple[Life, ...]
+    name: str  # what replays it: the seed, or another way to say which schedule it is
 
     @staticmethod
     def draw(seed: int, severity: Severity | None = None) -> Schedule:
         chance = random.Random(f"schedule {seed}")
         drawn = chance.choices(tuple(KINDS), (3, 3, 4))[0]
         severity = severity or drawn
-        return Schedule(seed, severity, tuple(_life(chance, severity) for _ in range(chance.randint(2, 4))))
-
-
-def _remains(chance: random.Random) -> Remains:
-    mode: Mode = chance.choices(("lose", "keep", "torn", "half"), (3, 1, 2, 4))[0]
-    return Remains(mode, chance.randrange(1 << 30))
+        name = str(seed) if severity == drawn else f"{seed} --severity {severity}"
+        return Schedule(seed, severity, tuple(_life(chance, severity) for _ in range(chance.randint(2, 3))), name)
 
 
 def _life(chance: random.Random, severity: Severity) -> Life:
-    crashes = [(chance.randint(1, 12), _remains(chance)) for _ in range(chance.choice((0, 0, 0, 1, 2)))]
+    crashes = [(chance.randint(1, 12), Remains.draw(chance)) for _ in range(chance.choice((0, 0, 0, 1, 2)))]
     operations = sorted(KINDS[severity])
     faults = []
     for _ in range(chance.randint(1, 5)):
@@ -118,9 +120,9 @@ def _life(chance: random.Random, severity: Severity) -> Life:
         kind = chance.choice(KINDS[severity][operation])
         faults.append(Fault(operation, chance.randint(1, _REACH[operation]), kind, chance.randrange(1 << 30)))
     return Life(
-        steps=chance.randint(4, 30),
-        crash_at=chance.choice((0, chance.randint(1, 120))),
-        remains=_remains(chance),
+        steps=chance.randint(3, 22),
+        crash_at=chance.choice((0, chance.randint(1, 90))),
+        remains=Remains.draw(chance),
         recovery_crashes=tuple(crashes),
         faults=tuple(faults),
         stops=chance.random() < 0.2,

@@ -22,11 +22,10 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from hga_kvd.disk import I32, I64, U64
 from hga_kvd.io_engine import transfer_all
@@ -98,6 +97,7 @@ class SimDisk:
         self.bytes_max = bytes_max
         self.struck: list[Fault] = []  # scheduled faults that have happened
         self.operations = 0
+        self.on_rot: Callable[[], None] = lambda: None  # called when what is stored here has gone bad
         self.counts = dict.fromkeys(("read", "write", "sync", "names", "create", "replace", "remove"), 0)
         self._chance = None if seed is None else random.Random(seed)
         self._lock = threading.RLock()
@@ -163,6 +163,11 @@ class SimDisk:
         with self._lock:
             self._files[name].rot(offset, bit)
 
+    def spoil(self, name: str, sector: int) -> None:
+        """This sector cannot be read until it is written again."""
+        with self._lock:
+            self._files[name].bad.add(sector)
+
     def put(self, name: str, content: bytes) -> None:
         """A file as another program would have left it."""
         with self._lock:
@@ -171,6 +176,11 @@ class SimDisk:
     def get(self, name: str) -> bytes:
         with self._lock:
             return bytes(self._files[name].content)
+
+    def stored_bytes(self, prefix: str) -> int:
+        """What files whose name starts so take on the device."""
+        with self._lock:
+            return sum(len(file.content) for name, file in self._files.items() if name.startswith(prefix))
 
     def meant(self, name: str) -> bytes:
         """What `get` would return if nothing had been corrupted."""
@@ -411,8 +421,10 @@ class SimDisk:
     ) -> int:
         if fault.kind == "rot":
             file.rot(offset + chance.randrange(length), chance.randrange(8))
+            self.on_rot()
         elif fault.kind == "bad":
             file.bad.add(chance.choice(_sectors(offset, length)))
+            self.on_rot()
         elif fault.kind == "misdirect":
             offset = _elsewhere(file, offset, length, chance)
         moved = self._get(file, offset, address, length)
@@ -423,7 +435,8 @@ class SimDisk:
     def _get(self, file: _File, offset: int, address: int, length: int) -> int:
         if file.bad and not file.bad.isdisjoint(_sectors(offset, length)):
             return -errno.EIO
-        ctypes.memmove(address, bytes(file.content[offset : offset + length]), length)
+        source = (ctypes.c_char * length).from_buffer(file.content, offset)
+        ctypes.memmove(address, source, length)
         return length
 
     def _put(self, file: _File, offset: int, data: bytes) -> None:
