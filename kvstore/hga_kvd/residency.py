@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hga_kvd.arena import EMPTY, FILLING, PAGE_BYTES, Arena, SlotClass
 from hga_kvd.errors import KeyOutOfRange, SessionNotFound
-from hga_kvd.eviction import S3Fifo
+from hga_kvd.eviction import Lrfu
 from hga_kvd.geometry import Geometry, Keys
 from hga_kvd.index import ChunkTable, Session
 from hga_kvd.memory import address_of, aligned_buffer
@@ -33,7 +33,7 @@ class Pool:
     geometry: Geometry
     table: ChunkTable
     slots: SlotClass
-    policy: S3Fifo
+    policy: Lrfu
 
 
 class Residency:
@@ -51,13 +51,13 @@ class Residency:
         self.next_session_id = 1
         self.next_chunk_uid = 1
         self._pool_of: dict[Geometry, Pool] = {}
-        self._policies: dict[SlotClass, S3Fifo] = {}
+        self._policies: dict[SlotClass, Lrfu] = {}
 
     def pool_for(self, geometry: Geometry) -> Pool:
         pool = self._pool_of.get(geometry)
         if pool is None:
             slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
-            policy = self._policies.setdefault(slots, S3Fifo(slots.slot_count))
+            policy = self._policies.setdefault(slots, Lrfu(slots.slot_count))
             pool = Pool(len(self.pools), geometry, ChunkTable(geometry), slots, policy)
             self.pools.append(pool)
             self._pool_of[geometry] = pool
@@ -160,6 +160,7 @@ class Residency:
         present = table.slot[rows, layers]
         pinned = np.unique(present[present != 0])
         slots.pin(pinned)  # before room is made, so that it is not made of them
+        pool.policy.touch(pinned)  # asked for, though not for a record that is there
         absent = np.unique(rows[present == 0] * layer_count + layers[present == 0])
         count = self.make_room(pool, len(absent)) if len(absent) else 0
         if count:
