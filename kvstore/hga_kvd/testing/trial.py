@@ -30,6 +30,10 @@ SUMMARY_KINDS = ("k.v1", "sketch.v1:0f3c")
 SESSIONS_MAX = 6
 
 
+class Gone(Exception):
+    """The daemon went away before it answered: the call has happened or it has not."""
+
+
 class Store(Protocol):
     """What a trial drives: the engine, or a client that reaches one. Refusals are the engine's errors."""
 
@@ -126,7 +130,9 @@ class Trial:
         *,
         refusals: bool = False,
         excuses: Excuses | None = None,
+        prefix: str = "s",
     ) -> None:
+        """prefix: of the names of its sessions; those with another are not its business."""
         self.store = store
         self.known: dict[str, Known] = {}
         self.deleted: set[str] = set()
@@ -136,6 +142,8 @@ class Trial:
         self.refusals = refusals
         self.trace: list[str] = []  # what was done, for the one who reads a failure
         self._geometries = geometries
+        self._prefix = prefix
+        self._opening: dict[str, Geometry] = {}  # opens that got no answer
         self._chance = random.Random(f"trial {seed}")
         self._steps: dict[str, Callable[[], str]] = {step: getattr(self, f"_{step}") for step in STEPS}
 
@@ -162,8 +170,12 @@ class Trial:
         if len(self.known) >= SESSIONS_MAX:
             return "nothing: there are enough"
         geometry = self._chance.choice(self._geometries)
-        name = f"s{self._chance.randrange(1 << 40)}" if self._chance.random() < 0.85 else ""
-        info = self.store.open(name, geometry, create=True)
+        name = f"{self._prefix}{self._chance.randrange(1 << 40)}" if self._chance.random() < 0.85 else ""
+        try:
+            info = self.store.open(name, geometry, create=True)
+        except Gone:
+            self._opening[name] = geometry
+            raise
         assert info.created
         assert info.chunk_count == 0
         assert info.session_id not in self.session_ids, "a session id was used twice"
@@ -180,13 +192,16 @@ class Trial:
         first = len(known.chunks)
         payload = np.frombuffer(self._chance.randbytes(count * geometry.chunk_bytes), np.uint8)
         tokens = self._chance.randbytes(4 * count * geometry.chunk_tokens) if self._chance.random() < 0.8 else b""
+        each = len(tokens) // count
+        chunks = [Chunk(part, tokens[i * each : (i + 1) * each]) for i, part in enumerate(payload.reshape(count, -1))]
         try:
             assert self.store.append(known.session_id, first, count, payload, tokens) == first + count
         except LimitExceeded as error:
             return repr(error)
-        each = len(tokens) // count
-        for i, part in enumerate(payload.reshape(count, -1)):
-            known.chunks.append(Chunk(part, tokens[i * each : (i + 1) * each]))
+        except Gone:
+            known.ghosts = chunks
+            raise
+        known.chunks += chunks
         known.ghosts.clear()
         return f"{known.key} [{first}, {first + count})"
 
@@ -329,7 +344,10 @@ class Trial:
     def restarted(self, store: Store) -> None:
         """The daemon came back: judges what it still has, and goes on with that."""
         self.store = store
-        found = {info.name: info for info in store.list()}
+        found = {info.name: info for info in store.list() if info.name.startswith(self._prefix)}
+        for name in self._opening.keys() & found.keys():
+            self.known[name] = Known(found[name].session_id, name, self._opening[name])
+        self._opening.clear()
         back = self.deleted & set(found) - {""}
         assert not back, f"deleted sessions came back: {back}"
         self.known.update(self.doubtful)
