@@ -65,7 +65,7 @@ def default_target() -> str:
 
 @dataclass(frozen=True)
 class Opened:
-    """A session as the daemon has it. chunk_count: acknowledged chunks."""
+    """A session as the daemon has it. chunk_count: acknowledged chunks. epoch: of the calls that name its chunks."""
 
     session_id: int
     name: str
@@ -73,6 +73,7 @@ class Opened:
     chunk_count: int
     durable_chunk_count: int
     created: bool
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,10 @@ class SessionInfo:
     damaged_records: int
     temporary: bool
     token_ids: bytes
+    epoch: int = 0
+    pinned: bool = False
+    tenant: str = ""
+    ttl_s: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,19 +178,75 @@ class Connection:
 
     # Sessions.
 
-    def open(self, name: str, geometry: Geometry | None, create: bool = True) -> Opened:
+    def open(
+        self,
+        name: str,
+        geometry: Geometry | None,
+        create: bool = True,
+        *,
+        tenant: str = "",
+        token_ids: bytes = b"",
+        ttl_s: int = 0,
+    ) -> Opened:
         """Opens a session, or makes it if `create`. name "": a new temporary session.
 
+        token_ids: uint32; a new session starts with the chunks of the longest prefix that the tenant has stored, and
+        chunk_count of the answer says how many. ttl_s: a new session not used for so long is deleted; 0: never.
         Raises: SessionNotFound, GeometryMismatch, InvalidRequest, LimitExceeded.
         """
 
         def attempt() -> kvd_pb2.OpenResponse:
-            request = kvd_pb2.OpenRequest(name=name, create=create, client_id=self._client_id())
+            request = kvd_pb2.OpenRequest(
+                name=name,
+                create=create,
+                client_id=self._client_id(),
+                tenant=tenant,
+                token_ids=token_ids,
+                ttl_s=ttl_s,
+            )
             if geometry is not None:
                 request.geometry.CopyFrom(geometry.to_proto())
             return self._ask("Open", request)  # type: ignore[no-any-return]
 
-        answer = self._repeat(attempt)
+        return self._opened(self._repeat(attempt))
+
+    def fork(self, session_id: int, chunk_count: int = 0, name: str = "", epoch: int = 0) -> Opened:
+        """A new session that shares the first chunk_count (0: all) chunks of this one; copied on write, at no cost.
+
+        Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, InvalidRequest when there is another session of this name.
+        """
+
+        def attempt() -> kvd_pb2.OpenResponse:
+            request = kvd_pb2.ForkRequest(
+                session_id=session_id, epoch=epoch, chunk_count=chunk_count, name=name, client_id=self._client_id()
+            )
+            return self._ask("Fork", request)  # type: ignore[no-any-return]
+
+        return self._opened(self._repeat(attempt))
+
+    def truncate(self, session_id: int, chunk_count: int, epoch: int = 0) -> int:
+        """Drops the chunks from chunk_count on. Returns the session's new epoch; requests of older ones are refused.
+
+        Raises: SessionNotFound, StaleEpoch, KeyOutOfRange; WriteFailed: it is done, but a restart may undo it.
+        """
+        attempts = 0
+
+        def attempt() -> int:
+            nonlocal attempts
+            attempts += 1
+            request = kvd_pb2.TruncateRequest(session_id=session_id, epoch=epoch, chunk_count=chunk_count)
+            return int(self._ask("Truncate", request).epoch)
+
+        try:
+            return self._repeat(attempt)
+        except errors.StaleEpoch:
+            # An earlier attempt may have done it and lost the answer.
+            info = self.info(session_id)
+            if attempts == 1 or (info.epoch, info.chunk_count) != (epoch + 1, chunk_count):
+                raise
+            return info.epoch
+
+    def _opened(self, answer: kvd_pb2.OpenResponse) -> Opened:
         opened = Opened(
             session_id=answer.session_id,
             name=answer.name,
@@ -193,6 +254,7 @@ class Connection:
             chunk_count=answer.chunk_count,
             durable_chunk_count=answer.durable_chunk_count,
             created=answer.created,
+            epoch=answer.epoch,
         )
         self._limits[opened.session_id] = _Limits(
             opened.geometry, answer.message_bytes_max or MIB, answer.fetch_keys_max or 1
@@ -251,14 +313,20 @@ class Connection:
         return np.empty(size, np.uint8)
 
     def append(
-        self, session_id: int, first_chunk: int, chunk_count: int, payload: Bytes, token_ids: bytes = b""
+        self,
+        session_id: int,
+        first_chunk: int,
+        chunk_count: int,
+        payload: Bytes,
+        token_ids: bytes = b"",
+        epoch: int = 0,
     ) -> int:
         """Appends closed chunks; returns the session's chunk count. A payload too large for one call goes in several.
 
         payload: [chunk_count * chunk_bytes], extents [chunk][layer][kv_head][group][K,V][token][head_dim], contiguous;
         no copy is made of one built in append_buffer. token_ids: uint32, chunk_count * chunk_tokens, or empty.
-        Raises: AppendOutOfOrder, StorageFull, InvalidRequest, SessionNotFound. When several calls were needed, chunks
-        of the ones before the refusal are appended.
+        Raises: AppendOutOfOrder, StaleEpoch, StorageFull, InvalidRequest, SessionNotFound. When several calls were
+        needed, chunks of the ones before the refusal are appended.
         """
         geometry = self._limits_of(session_id).geometry
         assert payload.dtype == np.uint8
@@ -279,15 +347,16 @@ class Connection:
                 end - start,
                 payload[start * geometry.chunk_bytes : end * geometry.chunk_bytes],
                 token_ids[start * ids_bytes : end * ids_bytes],
+                epoch,
             )
         return count
 
-    def fetch(self, session_id: int, keys: Keys) -> Fetched:
+    def fetch(self, session_id: int, keys: Keys, epoch: int = 0) -> Fetched:
         """Records of keys [n] (KEY_DTYPE), in their order. Split into several calls where one would be over a limit.
 
-        Raises: SessionNotFound, KeyOutOfRange, DeadlineExceeded.
+        Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, DeadlineExceeded.
         """
-        return self._repeat(lambda: self._fetch_all(session_id, keys))
+        return self._repeat(lambda: self._fetch_all(session_id, keys, epoch))
 
     def flush(self, session_id: int) -> int:
         """Returns when everything acknowledged survives power loss, with the durable chunk count.
@@ -297,8 +366,13 @@ class Connection:
         answer = self._repeat(lambda: self._ask("Flush", kvd_pb2.FlushRequest(session_id=session_id)))
         return int(answer.durable_chunk_count)
 
-    def put_summaries(self, session_id: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes) -> None:
-        """payload: the same number of bytes for each chunk. Raises: SessionNotFound, InvalidRequest, LimitExceeded."""
+    def put_summaries(
+        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes, epoch: int = 0
+    ) -> None:
+        """payload: the same number of bytes for each chunk.
+
+        Raises: SessionNotFound, StaleEpoch, InvalidRequest, LimitExceeded.
+        """
         chunk_bytes = len(payload) // chunk_count
         part = max(1, self._limits_of(session_id).message_bytes_max // max(1, chunk_bytes))
         for start in range(0, chunk_count, part):
@@ -309,16 +383,19 @@ class Connection:
                 first_chunk=first_chunk + start,
                 chunk_count=end - start,
                 payload=payload[start * chunk_bytes : end * chunk_bytes],
+                epoch=epoch,
             )
             self._repeat(lambda request=request: self._ask("PutSummaries", request))  # type: ignore[misc]
 
-    def get_summaries(self, session_id: int, kind: str, first_chunk: int, chunk_count: int) -> tuple[int, bytes]:
+    def get_summaries(
+        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int = 0
+    ) -> tuple[int, bytes]:
         """As many chunks from first_chunk on as fit in one message: their count and bytes.
 
-        Raises: SummariesNotFound, SessionNotFound.
+        Raises: SummariesNotFound, SessionNotFound, StaleEpoch.
         """
         request = kvd_pb2.GetSummariesRequest(
-            session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count
+            session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count, epoch=epoch
         )
         answer = self._repeat(lambda: self._ask("GetSummaries", request))
         return int(answer.chunk_count), bytes(answer.payload)
@@ -326,11 +403,11 @@ class Connection:
     # One append, one fetch.
 
     def _append_part(
-        self, session_id: int, first_chunk: int, chunk_count: int, payload: Bytes, token_ids: bytes
+        self, session_id: int, first_chunk: int, chunk_count: int, payload: Bytes, token_ids: bytes, epoch: int
     ) -> int:
         limits = self._limits_of(session_id)
         header = kvd_pb2.AppendHeader(
-            session_id=session_id, first_chunk=first_chunk, chunk_count=chunk_count, token_ids=token_ids
+            session_id=session_id, first_chunk=first_chunk, chunk_count=chunk_count, token_ids=token_ids, epoch=epoch
         )
         chunks = (first_chunk, first_chunk + chunk_count)
         attempts = 0
@@ -347,7 +424,14 @@ class Connection:
                 if region.lane is not None and len(token_ids) <= layout.REQUEST_BODY_BYTES:
                     place = {"offset": offset, "size": payload.nbytes, "chunk_count": chunk_count}
                     answer = self._ask_lane(
-                        region, "Append", layout.APPEND, token_ids, session_id, first_chunk=first_chunk, **place
+                        region,
+                        "Append",
+                        layout.APPEND,
+                        token_ids,
+                        session_id,
+                        first_chunk=first_chunk,
+                        epoch=epoch,
+                        **place,
                     )
                     return answer.chunk_count
                 header.shared.CopyFrom(
@@ -381,7 +465,7 @@ class Connection:
         del self._unanswered[session_id]
         return count
 
-    def _fetch_all(self, session_id: int, keys: Keys) -> Fetched:
+    def _fetch_all(self, session_id: int, keys: Keys, epoch: int) -> Fetched:
         """All parts of one fetch. Made again as a whole, because a new connection has a new region."""
         limits = self._limits_of(session_id)
         record_bytes = limits.geometry.record_bytes
@@ -405,10 +489,10 @@ class Connection:
             size = (end - start) * record_bytes
             answer: Any
             if region is not None and region.lane is not None:
-                answer = self._ask_lane(region, "Fetch", layout.FETCH, packed, session_id, size=size)
+                answer = self._ask_lane(region, "Fetch", layout.FETCH, packed, session_id, size=size, epoch=epoch)
                 found = answer.body
             else:
-                request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed)
+                request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed, epoch=epoch)
                 if region is not None:
                     request.shared.client_id = region.client_id
                     request.shared.bytes = size
@@ -639,4 +723,8 @@ def _session_info(message: kvd_pb2.SessionInfo, token_ids: bytes) -> SessionInfo
         damaged_records=message.damaged_records,
         temporary=message.temporary,
         token_ids=token_ids,
+        epoch=message.epoch,
+        pinned=message.pinned,
+        tenant=message.tenant,
+        ttl_s=message.ttl_s,
     )

@@ -33,6 +33,10 @@ class AppendOutOfOrder(KvdError):
     """An append does not start at the session's end: another client appended, or a chunk is missing."""
 
 
+class StaleEpoch(KvdError):
+    """The session was truncated, by this client or another, since the epoch that the request carries. Open it again."""
+
+
 class KeyOutOfRange(KvdError):
     """A fetch names a layer, KV head or group that the session does not have."""
 
@@ -115,6 +119,9 @@ _CLASSES: dict[tuple[str | None, str], type[KvdError]] = {
     ("Open", "FAILED_PRECONDITION"): GeometryMismatch,
     ("Append", "FAILED_PRECONDITION"): AppendOutOfOrder,
     ("Flush", "FAILED_PRECONDITION"): NotDurable,
+    ("Fork", "FAILED_PRECONDITION"): StaleEpoch,
+    ("Truncate", "FAILED_PRECONDITION"): StaleEpoch,
+    ("Fetch", "FAILED_PRECONDITION"): StaleEpoch,
     (None, "FAILED_PRECONDITION"): InvalidRequest,
     (None, "OUT_OF_RANGE"): KeyOutOfRange,
     (None, "RESOURCE_EXHAUSTED"): LimitExceeded,
@@ -138,6 +145,7 @@ _MEANINGS: dict[str, type[KvdError]] = {
         SessionNotFound,
         GeometryMismatch,
         AppendOutOfOrder,
+        StaleEpoch,
         KeyOutOfRange,
         LimitExceeded,
         StorageFull,

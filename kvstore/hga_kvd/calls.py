@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hga_kvd import errors
+from hga_kvd.answers import Fetched
 from hga_kvd.config import Settings
-from hga_kvd.engine import Engine, Fetched
+from hga_kvd.engine import Engine
 from hga_kvd.geometry import KEY_DTYPE, Keys
 from hga_kvd.landing import Landing
 from hga_kvd.refusals import GivenUp
@@ -36,10 +37,12 @@ class Calls:
         self.settings = settings
         self.observe_fetch = observe_fetch
 
-    def fetch(self, session_id: int, packed_keys: bytes, shared: Range, wanted: Callable[[], bool]) -> Fetched:
+    def fetch(
+        self, session_id: int, packed_keys: bytes, shared: Range, wanted: Callable[[], bool], epoch: int = 0
+    ) -> Fetched:
         """Records into the client's region. wanted: asked once the range is ours.
 
-        Raises: InvalidRequest, LimitExceeded, SessionNotFound, KeyOutOfRange, NotAttached, GivenUp.
+        Raises: InvalidRequest, LimitExceeded, SessionNotFound, StaleEpoch, KeyOutOfRange, NotAttached, GivenUp.
         """
         start = time.perf_counter()
         keys, size = self.sized_keys(session_id, packed_keys)
@@ -50,7 +53,7 @@ class Calls:
         with self.landing.borrow(shared.client_id, shared.offset, size) as destination:
             if not wanted():
                 raise GivenUp
-            fetched = self.engine.fetch(session_id, keys, destination)
+            fetched = self.engine.fetch(session_id, keys, destination, epoch)
         self.observe(start)
         return fetched
 
@@ -84,12 +87,13 @@ class Calls:
         token_ids: bytes,
         shared: Range,
         wanted: Callable[[], bool],
+        epoch: int = 0,
     ) -> int:
         """Chunks from the client's region; returns the session's chunk count.
 
         Raises: as Engine.append; NotAttached, GivenUp.
         """
-        expected = self.engine.append_limit_check(session_id, first_chunk, chunk_count)
+        expected = self.engine.append_limit_check(session_id, first_chunk, chunk_count, epoch)
         if shared.bytes != expected:
             raise errors.InvalidRequest(
                 f"shared.bytes is {shared.bytes}; {chunk_count} chunks of this session take {expected} bytes"
@@ -97,4 +101,4 @@ class Calls:
         with self.landing.borrow(*shared) as payload:
             if not wanted():
                 raise GivenUp
-            return self.engine.append(session_id, first_chunk, chunk_count, payload, token_ids)
+            return self.engine.append(session_id, first_chunk, chunk_count, payload, token_ids, epoch)

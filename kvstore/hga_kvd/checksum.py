@@ -33,10 +33,10 @@ def record_seeds(uids: npt.ArrayLike, layers: npt.ArrayLike, records: npt.ArrayL
     return mix(uid ^ mix((layer << np.uint64(32)) | record))
 
 
-def summary_seeds(session_id: int, kind: str, chunks: npt.ArrayLike) -> U64:
+def summary_seeds(uids: npt.ArrayLike, kind: str) -> U64:
     """Seeds of routing summaries of these chunks."""
     kind_hash = mix(np.array([checksum(kind.encode())], np.uint64))
-    return mix(np.uint64(session_id) ^ mix(np.atleast_1d(np.asarray(chunks)).astype(np.uint64) ^ kind_hash))
+    return mix(np.atleast_1d(np.asarray(uids)).astype(np.uint64) ^ kind_hash)
 
 
 def checksums(memory: memoryview, starts: I64, length: int, seeds: U64) -> U64:

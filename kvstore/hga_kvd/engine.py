@@ -16,23 +16,23 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from hga_kvd import misses
+from hga_kvd import chains, misses, recall, sessions
+from hga_kvd.answers import Counters, EngineStats, Fetched, SessionInfo
+from hga_kvd.appended import Appended
 from hga_kvd.arena import VALID, copy_records
-from hga_kvd.checksum import checksums, record_seeds, summary_seeds
+from hga_kvd.checksum import checksums, record_seeds
 from hga_kvd.config import Settings
 from hga_kvd.disk import Disk
 from hga_kvd.errors import (
     AppendOutOfOrder,
     GeometryMismatch,
     InvalidRequest,
-    KeyOutOfRange,
     KvdError,
     LimitExceeded,
     NotDurable,
@@ -40,13 +40,12 @@ from hga_kvd.errors import (
     StartRefused,
     StorageFull,
 )
-from hga_kvd.format import KIND_BYTES_MAX
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
-from hga_kvd.index import Session, Summaries
+from hga_kvd.index import LOST_ROW, Session
 from hga_kvd.misses import Misses
-from hga_kvd.reads import Items, read_verified
+from hga_kvd.reads import read_verified
 from hga_kvd.residency import Pool, Residency, locate, out_of_range
-from hga_kvd.segments import Segment, SegmentLog
+from hga_kvd.segments import SegmentLog
 from hga_kvd.startup import recover
 from hga_kvd.writeout import WriteOut
 
@@ -55,7 +54,6 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 
-NAME_BYTES_MAX = 256
 # Summaries wait in plain memory to be written, or for ever without a disk. They are about 1/25 of the K/V, so an eighth
 # of the arena never is the tighter of the two limits.
 SUMMARY_SHARE = 8
@@ -68,63 +66,6 @@ WRITE_RETRY_S = 1.0
 READER_THREADS = 2
 
 STATUS_DAMAGED = 1
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """statuses: u8 [keys], RecordStatus of the wire; None: all OK."""
-
-    statuses: U8 | None
-    ram_records: int
-    nvme_records: int
-
-
-@dataclass(frozen=True)
-class SessionInfo:
-    session_id: int
-    name: str
-    geometry: Geometry
-    chunk_count: int
-    durable_chunk_count: int
-    damaged_records: int
-    temporary: bool
-    token_ids: bytes = b""
-    created: bool = False
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """As in StatResponse of kvd.proto."""
-
-    io_engine: str
-    sessions: int
-    ram_bytes_max: int
-    ram_bytes_used: int
-    ram_bytes_dirty: int
-    nvme_bytes_max: int
-    nvme_bytes_used: int
-    fetches: int
-    fetched_ram_records: int
-    fetched_nvme_records: int
-    fetched_ram_bytes: int
-    fetched_nvme_bytes: int
-    appended_bytes: int
-    written_bytes: int
-    flushes: int
-    damaged_records: int
-    evicted_extents: int
-
-
-@dataclass(eq=False)
-class _Counters:
-    fetches: int = 0
-    fetched_ram_records: int = 0
-    fetched_nvme_records: int = 0
-    fetched_ram_bytes: int = 0
-    fetched_nvme_bytes: int = 0
-    appended_bytes: int = 0
-    flushes: int = 0
-    damaged_records: int = 0
 
 
 class Engine:
@@ -145,7 +86,7 @@ class Engine:
         self._log = log or _silent_log()
         self._residency = Residency(settings.ram)
         self._lock = self._residency.lock
-        self._counters = _Counters()
+        self._counters = Counters()
         self._summary_bytes_max = max(SUMMARY_BYTES_MIN, settings.ram // SUMMARY_SHARE)
         self._writeout: WriteOut | None = None
         self._stopping = threading.Event()
@@ -163,43 +104,93 @@ class Engine:
 
     # --- sessions ---
 
-    def open(self, name: str, geometry: Geometry | None, create: bool, owner: int = 0) -> SessionInfo:
+    def open(
+        self,
+        name: str,
+        geometry: Geometry | None,
+        create: bool,
+        owner: int = 0,
+        *,
+        tenant: str = "",
+        token_ids: bytes = b"",
+        ttl_s: int = 0,
+    ) -> SessionInfo:
         """The session of this name, made if there is none and `create` says so; without a name a new temporary one.
 
+        token_ids: uint32. A new session starts with the longest prefix of them that this tenant has stored.
         Raises: InvalidRequest, GeometryMismatch, SessionNotFound, LimitExceeded.
         """
-        if len(name.encode()) > NAME_BYTES_MAX:
-            raise InvalidRequest(f"a session name of {len(name.encode())} bytes; at most {NAME_BYTES_MAX} are allowed")
+        sessions.check_names(name, tenant)
+        if len(token_ids) % 4:
+            raise InvalidRequest(f"token_ids has {len(token_ids)} bytes, not a multiple of 4")
+        ids: list[bytes] = []
+        if token_ids and geometry is not None and create:
+            ids = chains.chain_ids(chains.root(geometry, tenant), token_ids, geometry.chunk_tokens)
         with self._lock:
             session = self._residency.by_name.get(name) if name else None
             if session is not None:
-                differences = session.table.geometry.differences(geometry) if geometry else []
-                if differences:
-                    raise GeometryMismatch(
-                        f"session {name!r} exists with another geometry ({'; '.join(differences)}): open it with its "
-                        "own, or delete it first"
-                    )
+                self._check_same(session, geometry, tenant)
                 return self._info(session)
             if not create:
                 raise SessionNotFound(f"there is no session named {name!r}; open it with create to make one")
-            return self._info(self._create(name, geometry, owner), created=True)
+            if geometry is None:
+                raise InvalidRequest("a new session needs a geometry")
+            session = sessions.make(self._residency, self._settings, name, geometry, owner, tenant, ttl_s)
+            rows = sessions.longest_prefix(session.table, ids[: self._settings.chunks_max])
+            self._share(session, rows)
+            return self._info(session, created=True)
 
-    def _create(self, name: str, geometry: Geometry | None, owner: int) -> Session:
-        residency, settings = self._residency, self._settings
-        if geometry is None:
-            raise InvalidRequest("a new session needs a geometry")
-        if len(residency.sessions) >= settings.sessions_max:
-            raise LimitExceeded(f"there are {settings.sessions_max} sessions already; delete some")
-        if not residency.chunks_max(geometry):
-            raise LimitExceeded(
-                f"one chunk of this geometry takes {geometry.chunk_bytes} bytes in {geometry.layers} extents, more "
-                f"than the RAM arena of {len(residency.arena.region)} bytes holds; start the daemon with more --ram"
+    def _check_same(self, session: Session, geometry: Geometry | None, tenant: str) -> None:
+        differences = session.table.geometry.differences(geometry) if geometry else []
+        if differences:
+            raise GeometryMismatch(
+                f"session {session.name!r} exists with another geometry ({'; '.join(differences)}): open it with its "
+                "own, or delete it first"
             )
-        pool = residency.pool_for(geometry)
-        session = Session(residency.next_session_id, name, pool.table, pool.number, owner)
-        residency.next_session_id += 1
-        residency.add_session(session)
-        return session
+        if session.tenant != tenant:
+            raise InvalidRequest(f"session {session.name!r} is another tenant's: choose another name")
+
+    def _share(self, session: Session, rows: I64) -> None:
+        sessions.share(session, rows)
+        if len(rows) and self._writeout is not None:
+            self._writeout.mark_dirty(session)
+
+    def fork(self, session_id: int, epoch: int, chunk_count: int, name: str, owner: int = 0) -> SessionInfo:
+        """A new session that starts with the first chunk_count (0: all) chunks of this one, its own from then on.
+
+        A fork that was made already, by a call whose answer was lost, is returned as it is.
+        Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, InvalidRequest, LimitExceeded.
+        """
+        sessions.check_names(name)
+        with self._lock:
+            parent = self._residency.session(session_id, epoch)
+            rows = sessions.first_rows(parent, chunk_count or parent.chunk_count)
+            known = self._residency.by_name.get(name) if name else None
+            if known is not None:
+                if known.table is parent.table and not known.epoch and np.array_equal(known.all_rows(), rows):
+                    return self._info(known)
+                raise InvalidRequest(f"there is another session named {name!r}: choose another name, or delete it")
+            geometry = parent.table.geometry
+            session = sessions.make(self._residency, self._settings, name, geometry, owner, parent.tenant, parent.ttl_s)
+            self._share(session, rows)
+            return self._info(session, created=True)
+
+    def truncate(self, session_id: int, epoch: int, chunk_count: int) -> SessionInfo:
+        """Drops the chunks from chunk_count on; the session's epoch grows by one, and requests of the old one are
+        refused from now on. Durable when this returns.
+
+        Raises: SessionNotFound, StaleEpoch, KeyOutOfRange; WriteFailed: it is done, but may be undone at the next start.
+        """
+        with self._lock:
+            session = self._residency.session(session_id, epoch)
+            places = sessions.cut(self._residency, session, chunk_count)
+            if self._writeout is not None:
+                self._writeout.lose(places)
+                self._writeout.mark_dirty(session)
+            info = self._info(session)
+        if self._writeout is not None:
+            self._writeout.settle(session, "truncated")
+        return info
 
     def close(self, session_id: int) -> None:
         """The client is done: a temporary session is deleted, a named one stays. Raises: SessionNotFound."""
@@ -215,17 +206,18 @@ class Engine:
         """
         with self._lock:
             session = self._residency.session(session_id)
+            places = self._residency.remove_session(session)
             if self._writeout is not None:
-                self._writeout.lose_places(session)
-            self._residency.remove_session(session)
+                self._writeout.lose(places)
+                self._writeout.drop(session)
         if self._writeout is not None:
-            self._writeout.forget(session)
+            self._writeout.settle(session, "deleted")
 
     def release_owner(self, owner: int) -> None:
         """A client is gone, and with it its temporary sessions."""
         with self._lock:
-            sessions = [s.session_id for s in self._residency.sessions.values() if s.temporary and s.owner == owner]
-        for session_id in sessions:
+            owned = [s.session_id for s in self._residency.sessions.values() if s.temporary and s.owner == owner]
+        for session_id in owned:
             try:
                 self.delete(session_id)
             except SessionNotFound:
@@ -259,17 +251,21 @@ class Engine:
             session.temporary,
             token_ids,
             created,
+            session.epoch,
+            session.tenant,
+            session.ttl_s,
+            session.pinned,
         )
 
     # --- append ---
 
-    def append_limit_check(self, session_id: int, first_chunk: int, chunk_count: int) -> int:
+    def append_limit_check(self, session_id: int, first_chunk: int, chunk_count: int, epoch: int = 0) -> int:
         """Bytes that the payload of this append must have.
 
-        Raises: SessionNotFound, AppendOutOfOrder, InvalidRequest, LimitExceeded.
+        Raises: SessionNotFound, StaleEpoch, AppendOutOfOrder, InvalidRequest, LimitExceeded.
         """
         with self._lock:
-            session = self._residency.session(session_id)
+            session = self._residency.session(session_id, epoch)
             geometry, settings = session.table.geometry, self._settings
             if first_chunk != session.chunk_count:
                 raise AppendOutOfOrder(
@@ -291,16 +287,19 @@ class Engine:
                 )
             return payload_bytes
 
-    def append(self, session_id: int, first_chunk: int, chunk_count: int, payload: U8, token_ids: bytes) -> int:
-        """Adds closed chunks at the end of the session; returns its chunk count. All of them or none.
+    def append(
+        self, session_id: int, first_chunk: int, chunk_count: int, payload: U8, token_ids: bytes, epoch: int = 0
+    ) -> int:
+        """Adds closed chunks at the end of the session; returns its chunk count. All of them or none. Chunks that are
+        stored already, same tokens from the start on and same bytes, are shared.
 
         payload: [chunk][layer][kv_head][group][K,V][token][dim], 1-D. It may change under our hands (it is a client's
         memory): checksums are computed over what lies in the arena.
         Raises: as append_limit_check; StorageFull; WriteFailed.
         """
-        payload_bytes = self.append_limit_check(session_id, first_chunk, chunk_count)
+        payload_bytes = self.append_limit_check(session_id, first_chunk, chunk_count, epoch)
         with self._lock:
-            session = self._residency.session(session_id)
+            session = self._residency.session(session_id, epoch)
             pool = self._residency.pools[session.pool]
             geometry = pool.geometry
             if len(payload) != payload_bytes:
@@ -317,22 +316,60 @@ class Engine:
                     f"another append to session {session_id} is under way or came first; wait for it"
                 )
             session.appending = True
-            uids = np.arange(chunk_count, dtype=np.uint64) + np.uint64(self._residency.next_chunk_uid)
-            self._residency.next_chunk_uid += chunk_count
+            parent = session.last_chain()
+        new = Appended(pool, payload.reshape(chunk_count, -1), token_ids)
         try:
-            slots = self._claim(pool, chunk_count * geometry.layers)
-            try:
-                pool.slots.put_extents(slots, payload.reshape(-1, geometry.extent_bytes))
-                sums = self._checksums_of(pool, slots, uids)
-                with self._lock:
-                    return self._commit_append(session, pool, first_chunk, slots, uids, sums, token_ids)
-            except BaseException:
-                with self._lock:
-                    pool.slots.free(slots)
-                raise
+            if token_ids and parent:
+                new.ids = chains.chain_ids(parent, token_ids, geometry.chunk_tokens)
+                self._find_stored(new)
+            self._store(new)
+            with self._lock:
+                self._residency.session(session_id, epoch)
+                return self._commit_append(session, new)
         finally:
             with self._lock:
                 session.appending = False
+                self._let_go(new)
+
+    def _find_stored(self, new: Appended) -> None:
+        """Holds the stored chunks whose ids these have, and of them keeps those that have the same bytes."""
+        pool, table = new.pool, new.pool.table
+        with self._lock:
+            rows = np.array([table.find_chain(chain) for chain in new.ids], np.int64)
+            table.hold(rows)
+            new.rows = rows
+            uids, expected = table.uid[rows], table.checksums[rows]
+        for i in np.flatnonzero(rows != LOST_ROW).tolist():
+            seeds = seeds_of(pool, uids[i : i + 1]).reshape(-1)
+            records = np.arange(len(seeds)) * pool.slots.record_bytes
+            found = checksums(new.payload[i].data, records, pool.slots.record_bytes, seeds)
+            new.same[i] = (found == expected[i].reshape(-1)).all()
+
+    def _store(self, new: Appended) -> None:
+        """Copies what is not shared into slots, and computes its checksums there."""
+        pool, fresh = new.pool, ~new.same
+        count = int(np.count_nonzero(fresh))
+        if not count:
+            return
+        new.slots = self._claim(pool, count * pool.geometry.layers)
+        with self._lock:
+            first = self._residency.next_chunk_uid
+            self._residency.next_chunk_uid += count
+        new.uids = np.arange(first, first + count, dtype=np.uint64)
+        extents = new.payload[fresh] if new.same.any() else new.payload
+        pool.slots.put_extents(new.slots, extents.reshape(-1, pool.geometry.extent_bytes))
+        starts = pool.slots.starts(new.slots[:, None], np.arange(pool.slots.records)).reshape(-1)
+        seeds = seeds_of(pool, new.uids)
+        found = checksums(self._residency.memory, starts, pool.slots.record_bytes, seeds.reshape(-1))
+        new.checksums = found.reshape(seeds.shape)
+
+    def _let_go(self, new: Appended) -> None:
+        """Ends the append: what it holds and did not give to the session goes back."""
+        new.pool.slots.free(new.slots)
+        dead = new.pool.table.release(new.rows)
+        places = self._residency.forget(new.pool, dead)
+        if self._writeout is not None:
+            self._writeout.lose(places)
 
     def _claim(self, pool: Pool, count: int) -> I64:
         """Slots for an append; they are dirty from now on. Writes out, or waits for calls in flight, to get them."""
@@ -353,30 +390,27 @@ class Engine:
                 self._stopping.wait(CLAIM_WAIT_S)
         raise StorageFull(f"no {count} free slots in the RAM arena: calls in flight hold them; append again")
 
-    def _checksums_of(self, pool: Pool, slots: I64, uids: U64) -> U64:
-        """Of all records in freshly filled slots: u64 [chunks, layers, records]."""
-        layers, records = pool.geometry.layers, np.arange(pool.slots.records)
-        seeds = record_seeds(uids[:, None, None], np.arange(layers)[:, None], records)
-        starts = pool.slots.starts(slots[:, None], records).reshape(-1)
-        found = checksums(self._residency.memory, starts, pool.slots.record_bytes, seeds.reshape(-1))
-        return found.reshape(len(uids), layers, pool.slots.records)
-
-    def _commit_append(
-        self, session: Session, pool: Pool, first_chunk: int, slots: I64, uids: U64, sums: U64, token_ids: bytes
-    ) -> int:
-        if session.deleted:
-            raise SessionNotFound(f"session {session.session_id} was deleted during the append")
-        assert session.chunk_count == first_chunk
-        table, count, layers = pool.table, len(uids), pool.geometry.layers
-        rows = table.add(count)
-        table.uid[rows], table.checksums[rows] = uids, sums
-        table.tokens_known[rows] = bool(token_ids)
-        table.token_ids[rows] = np.frombuffer(token_ids, "<u4").reshape(count, -1) if token_ids else 0
-        self._residency.hold(pool, slots, np.repeat(rows, layers), np.tile(np.arange(layers), count))
-        pool.slots.state[slots] = VALID
-        session.put_rows(first_chunk, rows)
+    def _commit_append(self, session: Session, new: Appended) -> int:
+        pool, table, layers = new.pool, new.pool.table, new.pool.geometry.layers
+        rows, count = new.rows.copy(), len(new.payload)
+        fresh = np.flatnonzero(~new.same)
+        if len(fresh):
+            added = table.add(len(fresh))
+            table.uid[added], table.checksums[added] = new.uids, new.checksums
+            table.tokens_known[added] = bool(new.token_ids)
+            tokens = np.frombuffer(new.token_ids, "<u4").reshape(count, -1) if new.token_ids else None
+            table.token_ids[added] = 0 if tokens is None else tokens[fresh]
+            self._residency.hold(pool, new.slots, np.repeat(added, layers), np.tile(np.arange(layers), len(fresh)))
+            pool.slots.state[new.slots] = VALID
+            rows[fresh] = added
+            for i, row in zip(fresh.tolist(), added.tolist(), strict=True) if new.ids else ():
+                table.set_chain(row, new.ids[i])
+        # What the session has now is no longer the append's to give back.
+        new.slots, new.rows = new.slots[:0], new.rows[~new.same]
+        session.put_rows(session.chunk_count, rows)
         session.chunk_count += count
         self._counters.appended_bytes += count * pool.geometry.chunk_bytes
+        self._counters.shared_chunks += count - len(fresh)
         if self._writeout is not None:
             self._writeout.mark_dirty(session)
             if 2 * self._residency.arena.dirty_bytes > len(self._residency.arena.region):
@@ -385,15 +419,15 @@ class Engine:
 
     # --- fetch ---
 
-    def fetch(self, session_id: int, keys: Keys, destination: U8) -> Fetched:
+    def fetch(self, session_id: int, keys: Keys, destination: U8, epoch: int = 0) -> Fetched:
         """Records of `keys` (KEY_DTYPE) in their order into `destination`, 1-D, len(keys) * record_bytes.
 
-        Raises: SessionNotFound, KeyOutOfRange, LimitExceeded; nothing was written to the destination then.
+        Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, LimitExceeded; nothing was written to the destination then.
         """
         assert keys.dtype == KEY_DTYPE
         count = len(keys)
         with self._lock:
-            session = self._residency.session(session_id)
+            session = self._residency.session(session_id, epoch)
             pool = self._residency.pools[session.pool]
             slots = pool.slots
             self._check_fetch_size(count, slots.record_bytes)
@@ -437,7 +471,7 @@ class Engine:
         if missing is None:
             return Fetched(None, count, 0)
         assert bad is not None
-        return self._judge(session, keys, missing, bad, len(hits))
+        return self._judge(session, epoch, keys, missing, bad, len(hits))
 
     def _check_fetch_size(self, count: int, record_bytes: int) -> None:
         settings = self._settings
@@ -448,7 +482,9 @@ class Engine:
                 f"a fetch of {count * record_bytes} bytes; at most {settings.fetch_bytes_max} are allowed: split it"
             )
 
-    def _judge(self, session: Session, keys: Keys, missing: Misses, bad: Bools, ram_records: int) -> Fetched:
+    def _judge(
+        self, session: Session, epoch: int, keys: Keys, missing: Misses, bad: Bools, ram_records: int
+    ) -> Fetched:
         statuses = np.zeros(len(keys), np.uint8)
         statuses[missing.lost] = STATUS_DAMAGED
         statuses[missing.items.positions[bad]] = STATUS_DAMAGED
@@ -456,10 +492,14 @@ class Engine:
         damaged = int(np.count_nonzero(statuses))
         read = len(keys) - ram_records - damaged
         with self._lock:
+            if damaged:  # or gone: the chunk's place on disk is given back when its last session lets go of it
+                self._residency.session(session.session_id, epoch)
             self._counters.fetched_nvme_records += read
             self._counters.fetched_nvme_bytes += read * missing.items.item_bytes
             found = {tuple(key) for key in keys[missing.items.positions[bad]].tolist()} - session.damaged
             session.damaged |= found
+            chunks = np.array([key[0] for key in found], np.int64) // session.table.geometry.groups_per_chunk
+            session.table.forget_chains(np.unique(session.rows[chunks]))  # a new copy must not be taken for this one
             session.damaged_records += len(found)
             self._counters.damaged_records += len(found)
         for group, kv_head, layer in sorted(found):
@@ -536,103 +576,64 @@ class Engine:
 
     # --- summaries ---
 
-    def put_summaries(self, session_id: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes) -> None:
+    def put_summaries(
+        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes, epoch: int = 0
+    ) -> None:
         """Stores chunk_count equal parts of `payload` as the routing state of these chunks, in place of older ones.
+        They belong to the chunks: every session that shares a chunk shares them.
 
-        Raises: SessionNotFound, InvalidRequest, KeyOutOfRange, LimitExceeded, StorageFull, WriteFailed.
+        Raises: SessionNotFound, StaleEpoch, InvalidRequest, KeyOutOfRange, LimitExceeded, StorageFull, WriteFailed.
         """
-        if not 1 <= len(kind.encode()) <= KIND_BYTES_MAX:
-            raise InvalidRequest(f"a summary kind of {len(kind.encode())} bytes; it must have 1 to {KIND_BYTES_MAX}")
-        size, rest = divmod(len(payload), max(1, chunk_count))
-        if chunk_count < 1 or rest or not size:
-            raise InvalidRequest(
-                f"{len(payload)} bytes are not the same number of bytes for each of {chunk_count} chunks"
-            )
-        if size > self._settings.summary_bytes_max:
-            raise LimitExceeded(
-                f"a summary of {size} bytes a chunk; at most {self._settings.summary_bytes_max} are allowed"
-            )
-        while not self._put_summaries(session_id, kind, first_chunk, size, payload):
+        size = recall.summary_bytes(self._settings, kind, chunk_count, payload)
+        while True:
+            with self._lock:
+                session = self._residency.session(session_id, epoch)
+                rows = recall.rows_to_put(self._settings, session, kind, first_chunk, chunk_count, size)
+                held = self._residency.summary_bytes
+                if not held or held + len(payload) <= self._summary_bytes_max:
+                    session.table.summaries.put(rows, kind, payload)
+                    if self._writeout is not None:
+                        self._writeout.mark_dirty(session)
+                    return
             if self._writeout is None:
-                raise StorageFull(
-                    f"summaries in RAM have reached {self._summary_bytes_max} bytes and there is no NVMe: delete "
-                    "sessions"
-                )
+                raise StorageFull(f"summaries in RAM have reached {held} bytes and there is no NVMe: delete sessions")
             with self._writeout.barrier:
                 self._writeout.round()
 
-    def _put_summaries(self, session_id: int, kind: str, first_chunk: int, size: int, payload: bytes) -> bool:
-        """False if they do not fit in RAM now."""
-        chunk_count = len(payload) // size
-        with self._lock:
-            session = self._residency.session(session_id)
-            if first_chunk + chunk_count > session.chunk_count:
-                raise KeyOutOfRange(
-                    f"summaries of chunks up to {first_chunk + chunk_count - 1}; session {session_id} has "
-                    f"{session.chunk_count} chunks: append them first"
-                )
-            known = session.summaries.get(kind)
-            if known is not None and known.bytes_per_chunk != size:
-                raise InvalidRequest(
-                    f"summaries of kind {kind!r} have {known.bytes_per_chunk} bytes a chunk in this session, not "
-                    f"{size}: use another kind"
-                )
-            if self._residency.summary_bytes and self._residency.summary_bytes + len(payload) > self._summary_bytes_max:
-                return False
-            summaries = session.summaries.setdefault(kind, Summaries(size))
-            self._residency.summary_bytes += summaries.put(first_chunk, payload)
-            if self._writeout is not None:
-                self._writeout.mark_dirty(session)
-        return True
-
     def get_summaries(
-        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int
+        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int, epoch: int = 0
     ) -> tuple[int, bytes]:
         """(chunks, their routing state) for as many of the chunks as fit in bytes_max.
 
-        Raises: SessionNotFound (also when a chunk has none, or it is damaged), InvalidRequest, LimitExceeded.
+        Raises: SessionNotFound (also when a chunk has none, or it is damaged), StaleEpoch, InvalidRequest,
+        LimitExceeded.
         """
-        if chunk_count < 1:
-            raise InvalidRequest("summaries of no chunks")
-        with self._lock:
-            session = self._residency.session(session_id)
-            summaries = session.summaries.get(kind) or Summaries(1)
-            size = summaries.bytes_per_chunk
-            count = min(chunk_count, bytes_max // size)
-            if not count:
-                raise LimitExceeded(f"a summary of {size} bytes does not fit in an answer of {bytes_max} bytes")
-            missing = summaries.first_missing(first_chunk, count)
-            if missing is not None:
-                raise SessionNotFound(
-                    f"chunk {missing} of session {session_id} has no summary of kind {kind!r}: put it"
-                )
-            result = np.zeros(count * size, np.uint8)
-            positions = summaries.copy_from_ram(first_chunk, result)
-            chunks = first_chunk + positions
-            segments: tuple[Segment, ...] = ()
-            handles = np.zeros(0, np.int64)
-            if len(chunks):
-                assert self._writeout is not None
-                segments, handles = self._writeout.segments.pin(summaries.segment[chunks])
-            seeds, expected = summary_seeds(session_id, kind, chunks), summaries.checksum[chunks]
-            items = Items(size, handles, summaries.offset[chunks], positions, seeds, expected)
-        if not len(items):
-            return count, result.tobytes()
-        assert self._disk is not None
-        assert self._writeout is not None
-        try:
-            bad = read_verified(self._disk, items, result)
-        finally:
+        log = self._writeout.segments if self._writeout else None
+        while True:
             with self._lock:
-                self._writeout.segments.unpin(segments)
-        if bad.any():
-            chunk = first_chunk + int(items.positions[bad].min())
+                session = self._residency.session(session_id, epoch)
+                found = recall.plan(session, log, kind, first_chunk, chunk_count, bytes_max)
+            if not len(found.items):
+                break
+            assert self._disk is not None
+            assert log is not None
+            try:
+                bad = read_verified(self._disk, found.items, found.result)
+            finally:
+                with self._lock:
+                    log.unpin(found.segments)
+            if not bad.any():
+                break
+            with self._lock:
+                if not found.is_current():  # put anew meanwhile: what was read is no more
+                    continue
+            chunk = first_chunk + int(found.items.positions[bad].min())
             self._log.error("summary damaged", session=session_id, kind=kind, chunk=chunk)
             raise SessionNotFound(
                 f"the summary of kind {kind!r} of chunk {chunk} of session {session_id} is damaged: compute it again "
                 "from the chunk's K/V and put it"
             )
-        return count, result.tobytes()
+        return found.chunk_count, found.result.tobytes()
 
     # --- counters ---
 
@@ -659,7 +660,15 @@ class Engine:
                 flushes=counters.flushes,
                 damaged_records=counters.damaged_records,
                 evicted_extents=self._residency.evicted_extents,
+                chunks=sum(pool.table.in_use() for pool in self._residency.pools),
+                shared_chunks=counters.shared_chunks,
             )
+
+
+def seeds_of(pool: Pool, uids: U64) -> U64:
+    """Checksum seeds of all records of these chunks: [chunks, layers, records]."""
+    layers, records = np.arange(pool.geometry.layers), np.arange(pool.slots.records)
+    return record_seeds(uids[:, None, None], layers[:, None], records)
 
 
 def _silent_log() -> FilteringBoundLogger:

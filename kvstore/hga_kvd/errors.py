@@ -25,6 +25,10 @@ class AppendOutOfOrder(KvdError):
     """An append does not start at the session's end."""
 
 
+class StaleEpoch(KvdError):
+    """The session was truncated since the client learned its epoch: what the request names may be other data now."""
+
+
 class KeyOutOfRange(KvdError):
     """A fetch names a layer, KV head or group that the session does not have."""
 

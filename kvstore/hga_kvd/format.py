@@ -26,6 +26,7 @@ MANIFEST_NAME = "MANIFEST"
 
 CHUNKS = 1
 SUMMARIES = 2
+LINK = 3
 
 # A table is 0.1 % of its body for real models; 64 MiB is a chunk of 512 layers with 16 K records a layer.
 TABLE_BYTES_MAX = 64 << 20
@@ -35,7 +36,7 @@ KIND_BYTES_MAX = 64
 TOKENS_KNOWN = 1
 
 _SEGMENT = struct.Struct("<8sIIQQ")
-_FRAME = struct.Struct("<4sHHQQQQQQIIQ16sQ")
+_FRAME = struct.Struct("<4sHHQQQQQQIIQQ8sQ")
 _CHUNKS = struct.Struct("<IIII")
 _MANIFEST = struct.Struct("<8sIIQ")
 _SEGMENT_MAGIC, _FRAME_MAGIC, _MANIFEST_MAGIC = b"HGAKVSEG", b"KVFR", b"HGAKVMAN"
@@ -102,6 +103,7 @@ class FrameHeader:
     chunk_count: int
     table_bytes: int
     body_bytes: int
+    epoch: int = 0
 
     @property
     def head_bytes(self) -> int:
@@ -125,7 +127,7 @@ def encode_frame_head(header: FrameHeader, table: bytes) -> bytes:
     # fmt: off
     head = _FRAME.pack(
         _FRAME_MAGIC, h.kind, 0, h.segment_id, h.offset, h.sequence, h.durable_bytes, h.session_id, h.first_chunk,
-        h.chunk_count, h.table_bytes, h.body_bytes, bytes(16), 0,
+        h.chunk_count, h.table_bytes, h.body_bytes, h.epoch, bytes(8), 0,
     )[:_FRAME_CHECKED_BYTES]
     # fmt: on
     return (head + struct.pack("<Q", checksum(head + table)) + table).ljust(header.head_bytes, b"\0")
@@ -141,7 +143,8 @@ def decode_frame_header(block: bytes, segment_id: int, offset: int, segment_byte
     header = FrameHeader(kind, *numbers)
     if (header.segment_id, header.offset) != (segment_id, offset):
         raise BadBytes(f"a frame of segment {header.segment_id}, offset {header.offset}, at the wrong place")
-    if header.table_bytes > TABLE_BYTES_MAX or header.body_bytes % BLOCK_BYTES or header.chunk_count < 1:
+    fewest = 0 if kind == LINK else 1
+    if header.table_bytes > TABLE_BYTES_MAX or header.body_bytes % BLOCK_BYTES or header.chunk_count < fewest:
         raise BadBytes("a frame with impossible sizes")
     if offset + header.frame_bytes > segment_bytes:
         raise BadBytes(f"a frame of {header.frame_bytes} bytes goes past the end of its segment")
@@ -182,15 +185,29 @@ class ChunkFrame:
 
 @dataclass(frozen=True)
 class SummaryFrame:
-    """Table of a frame of summaries. checksums: u64 [chunks]."""
+    """Table of a frame of summaries of the chunks `uids`. uids, checksums: u64 [chunks]."""
 
     header: FrameHeader
     kind: str
     bytes_per_chunk: int
+    uids: npt.NDArray[np.uint64]
     checksums: npt.NDArray[np.uint64]
 
+    @property
+    def stride(self) -> int:
+        """Bytes from one summary to the next."""
+        return round_up(self.bytes_per_chunk)
 
-Frame = ChunkFrame | SummaryFrame
+
+@dataclass(frozen=True)
+class LinkFrame:
+    """Which chunks a session has from header.first_chunk on. uids: u64 [chunks], 0: a chunk that was lost."""
+
+    header: FrameHeader
+    uids: npt.NDArray[np.uint64]
+
+
+Frame = ChunkFrame | SummaryFrame | LinkFrame
 
 
 def chunk_table_bytes(geometry: Geometry, chunk_count: int) -> int:
@@ -217,10 +234,17 @@ def encode_chunk_table(
     )
 
 
-def encode_summary_table(kind: str, bytes_per_chunk: int, checksums: npt.NDArray[np.uint64]) -> bytes:
+def encode_summary_table(
+    kind: str, bytes_per_chunk: int, uids: npt.NDArray[np.uint64], checksums: npt.NDArray[np.uint64]
+) -> bytes:
     text = kind.encode()
     assert len(text) <= KIND_BYTES_MAX
-    return struct.pack("<Q", bytes_per_chunk) + checksums.astype("<u8").tobytes() + struct.pack("<H", len(text)) + text
+    numbers = uids.astype("<u8").tobytes() + checksums.astype("<u8").tobytes()
+    return struct.pack("<Q", bytes_per_chunk) + numbers + struct.pack("<H", len(text)) + text
+
+
+def encode_link_table(uids: npt.NDArray[np.uint64]) -> bytes:
+    return uids.astype("<u8").tobytes()
 
 
 def decode_table(header: FrameHeader, table: bytes) -> Frame:
@@ -229,7 +253,11 @@ def decode_table(header: FrameHeader, table: bytes) -> Frame:
         return _decode_chunk_table(header, table)
     if header.kind == SUMMARIES:
         return _decode_summary_table(header, table)
-    raise NewerFormat(f"frame kind {header.kind}; this program knows {CHUNKS} and {SUMMARIES}")
+    if header.kind == LINK:
+        if len(table) != 8 * header.chunk_count or header.body_bytes:
+            raise BadBytes("a link table whose size does not fit its fields")
+        return LinkFrame(header, np.frombuffer(table, "<u8"))
+    raise NewerFormat(f"frame kind {header.kind}; this program knows {CHUNKS}, {SUMMARIES} and {LINK}")
 
 
 def _decode_chunk_table(header: FrameHeader, table: bytes) -> ChunkFrame:
@@ -258,17 +286,18 @@ def _decode_chunk_table(header: FrameHeader, table: bytes) -> ChunkFrame:
 
 def _decode_summary_table(header: FrameHeader, table: bytes) -> SummaryFrame:
     count = header.chunk_count
-    kind_at = 8 + 8 * count + 2
+    kind_at = 8 + 16 * count + 2
     if len(table) < kind_at or len(table) != kind_at + struct.unpack_from("<H", table, kind_at - 2)[0]:
         raise BadBytes("a summary table whose size does not fit its fields")
     bytes_per_chunk = struct.unpack_from("<Q", table)[0]
-    if bytes_per_chunk < 1 or header.body_bytes != round_up(count * bytes_per_chunk):
+    if bytes_per_chunk < 1 or header.body_bytes != count * round_up(bytes_per_chunk):
         raise BadBytes("a summary table that does not fit its body")
     try:
         kind = table[kind_at:].decode()
     except UnicodeDecodeError:
         raise BadBytes("a summary kind that is not UTF-8") from None
-    return SummaryFrame(header, kind, bytes_per_chunk, np.frombuffer(table[8 : kind_at - 2], "<u8"))
+    numbers = np.frombuffer(table[8 : kind_at - 2], "<u8")
+    return SummaryFrame(header, kind, bytes_per_chunk, numbers[:count], numbers[count:])
 
 
 # --- manifest ---
@@ -278,10 +307,17 @@ SegmentState = Literal["open", "sealed", "poisoned"]
 
 @dataclass(frozen=True)
 class SessionEntry:
+    """links: uids of all its chunks as runs (first uid, count), while no frame tells of this epoch; else None."""
+
     session_id: int
     name: str
     geometry: Geometry
     chunk_count: int
+    epoch: int = 0
+    tenant: str = ""
+    ttl_s: int = 0
+    pinned: bool = False
+    links: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -309,6 +345,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "name": s.name,
             "geometry": geometries.setdefault(s.geometry, len(geometries)),
             "chunk_count": s.chunk_count,
+            "epoch": s.epoch,
+            "tenant": s.tenant,
+            "ttl_s": s.ttl_s,
+            "pinned": s.pinned,
+            "links": s.links,
         }
         for s in manifest.sessions
     ]
@@ -348,10 +389,7 @@ def decode_manifest(content: bytes) -> Manifest:
 
 def _manifest_of(fields: dict[str, Any]) -> Manifest:
     geometries = [_geometry_of(g) for g in fields["geometries"]]
-    sessions = tuple(
-        SessionEntry(_count(s["id"]), _text(s["name"]), geometries[_count(s["geometry"])], _count(s["chunk_count"]))
-        for s in fields["sessions"]
-    )
+    sessions = tuple(_session_of(s, geometries) for s in fields["sessions"])
     segments = tuple(
         SegmentEntry(_count(s["id"]), _state(s["state"]), _count(s["used_bytes"])) for s in fields["segments"]
     )
@@ -359,10 +397,28 @@ def _manifest_of(fields: dict[str, Any]) -> Manifest:
         raise ValueError("two sessions share an id or a name")
     if len({s.segment_id for s in segments}) != len(segments):
         raise ValueError("two segments share an id")
-    if not isinstance(fields["clean"], bool):
-        raise TypeError("clean is not true or false")
     next_ids = [_count(fields[f"next_{name}_id"]) for name in ("session", "segment")]
-    return Manifest(fields["clean"], next_ids[0], _count(fields["next_chunk_uid"]), next_ids[1], sessions, segments)
+    return Manifest(
+        _flag(fields["clean"]), next_ids[0], _count(fields["next_chunk_uid"]), next_ids[1], sessions, segments
+    )
+
+
+def _session_of(fields: dict[str, Any], geometries: list[Geometry]) -> SessionEntry:
+    links = fields["links"]
+    entry = SessionEntry(
+        _count(fields["id"]),
+        _text(fields["name"]),
+        geometries[_count(fields["geometry"])],
+        _count(fields["chunk_count"]),
+        _count(fields["epoch"]),
+        _text(fields["tenant"]),
+        _count(fields["ttl_s"]),
+        _flag(fields["pinned"]),
+        links if links is None else tuple((_count(first), _count(count)) for first, count in links),
+    )
+    if entry.links is not None and sum(count for _, count in entry.links) != entry.chunk_count:
+        raise ValueError(f"session {entry.session_id} does not have as many links as chunks")
+    return entry
 
 
 def _geometry_of(fields: dict[str, Any]) -> Geometry:
@@ -376,6 +432,12 @@ def _geometry_of(fields: dict[str, Any]) -> Geometry:
 def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
         raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is not true or false")
     return value
 
 

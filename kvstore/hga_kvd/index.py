@@ -1,8 +1,8 @@
 """The index: which chunks a session has, and where each of their extents is. Arrays, not objects; no I/O, no lock.
 
-A session is a list of rows in the chunk table of its geometry; a row is one chunk. Row 0 is the lost chunk: it is in no
-slot and no segment, so a chunk that recovery could not find needs no branch. A chunk of 48 layers with 16 records takes
-48 * (128 + 8) + 300 bytes: 142 bytes an extent, record checksums included.
+A session is a list of rows in the chunk table of its geometry; a row is one chunk, and sessions share it: `refs` counts
+the sessions that have it, and the calls that hold it for a moment. A row whose count falls to zero is dead. Row 0 is the
+lost chunk: it is in no slot and no segment, so a chunk that recovery could not find needs no branch.
 """
 
 from __future__ import annotations
@@ -13,32 +13,38 @@ import numpy as np
 import numpy.typing as npt
 
 from hga_kvd.geometry import Geometry
+from hga_kvd.growing import grow, grown
+from hga_kvd.summaries import SummaryTable
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 LOST_ROW = 0
 NO_SEGMENT = 0
+CHAIN_BYTES = 32
+_COLUMNS = (
+    "uid", "segment", "offset", "checksums", "slot", "tokens_known", "token_ids", "refs", "chain", "chained", "twin",
+)  # fmt: skip
 
 
-def grown(array: npt.NDArray[np.generic], length: int) -> npt.NDArray[np.generic]:
-    """`array` with at least `length` rows, doubled as often as needed, new ones zero."""
-    if length <= len(array):
-        return array
-    rows = max(8, len(array))
-    while rows < length:
-        rows *= 2
-    bigger = np.zeros((rows, *array.shape[1:]), array.dtype)
-    bigger[: len(array)] = array
-    return bigger
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Bytes on disk, in whole blocks: columns of equal length."""
+
+    segment: I64
+    offset: I64
+    bytes: I64
 
 
 class ChunkTable:
     """All chunks of one geometry. A row in use is dirty (segment 0: only RAM has it) or on disk."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, chunk_stride: int) -> None:
+        """chunk_stride: bytes that a chunk takes on disk."""
         layers, records = geometry.layers, geometry.records_per_extent
         self.geometry = geometry
+        self.chunk_stride = chunk_stride
+        self.summaries = SummaryTable()
         self.uid = np.zeros(1, np.uint64)
         self.segment = np.zeros(1, np.int64)
         self.offset = np.zeros(1, np.int64)  # of the chunk's first extent in its segment, bytes
@@ -46,22 +52,52 @@ class ChunkTable:
         self.slot = np.zeros((1, layers), np.int64)
         self.tokens_known = np.zeros(1, bool)
         self.token_ids = np.zeros((1, geometry.chunk_tokens), np.uint32)
+        self.refs = np.zeros(1, np.int32)
+        self.chain = np.zeros((1, CHAIN_BYTES), np.uint8)  # chain id, where `chained`
+        self.chained = np.zeros(1, bool)
+        self.twin = np.zeros(1, np.int64)  # another row with the same chain id, or 0
+        self._row_of_chain: dict[bytes, int] = {}
         self._row_count = 1
         self._free: list[int] = []
 
     def add(self, count: int) -> I64:
-        """`count` rows, all zero."""
+        """`count` rows with one reference each, otherwise all zero."""
         fresh = max(0, count - len(self._free))
         reused = [self._free.pop() for _ in range(count - fresh)]
         first = self._row_count
         self._row_count += fresh
-        for name in ("uid", "segment", "offset", "checksums", "slot", "tokens_known", "token_ids"):
-            setattr(self, name, grown(getattr(self, name), self._row_count))
-        return np.array([*reused, *range(first, first + fresh)], np.int64)
+        grow(self, _COLUMNS, self._row_count)
+        rows = np.array([*reused, *range(first, first + fresh)], np.int64)
+        self.refs[rows] = 1
+        return rows
+
+    def hold(self, rows: I64) -> None:
+        """One reference more for each of these rows, no row twice but the lost one."""
+        self.refs[rows] += 1
+
+    def release(self, rows: I64) -> I64:
+        """One reference less. Returns the rows that are dead now: take from them what they have, then `remove` them."""
+        self.refs[rows] -= 1
+        self.refs[LOST_ROW] = 0
+        dead: I64 = rows[(self.refs[rows] == 0) & (rows != LOST_ROW)]
+        return dead
+
+    def places(self, rows: I64) -> Places:
+        """What these chunks and their summaries take on disk."""
+        written = rows[self.segment[rows] != NO_SEGMENT]
+        table = self.summaries
+        summaries = table.rows_of(rows)
+        summaries = summaries[table.segment[summaries] != NO_SEGMENT]
+        return Places(
+            np.concatenate((self.segment[written], table.segment[summaries])),
+            np.concatenate((self.offset[written], table.offset[summaries])),
+            np.concatenate((np.full(len(written), self.chunk_stride), table.stride(summaries))),
+        )
 
     def remove(self, rows: I64) -> None:
-        """Rows that no session has any more."""
-        rows = rows[rows != LOST_ROW]
+        """Forgets dead rows and their summaries."""
+        self.forget_chains(rows)
+        self.summaries.remove(rows)
         self.uid[rows] = 0
         self.segment[rows] = NO_SEGMENT
         self.slot[rows] = 0
@@ -71,50 +107,36 @@ class ChunkTable:
     def in_use(self) -> int:
         return self._row_count - 1 - len(self._free)
 
+    # --- by content ---
 
-class Summaries:
-    """Routing state of one kind of one session: bytes in RAM until written, then only their place."""
+    def set_chain(self, row: int, chain: bytes) -> None:
+        """From now on `find_chain` may answer with this row."""
+        self.chain[row] = np.frombuffer(chain, np.uint8)
+        self.chained[row] = True
+        self.twin[row] = self._row_of_chain.get(chain, 0)
+        self._row_of_chain[chain] = row
 
-    def __init__(self, bytes_per_chunk: int) -> None:
-        self.bytes_per_chunk = bytes_per_chunk
-        self.segment = np.zeros(0, np.int64)  # NO_SEGMENT: not on disk
-        self.offset = np.zeros(0, np.int64)
-        self.checksum = np.zeros(0, np.uint64)
-        self.in_ram: dict[int, bytes] = {}  # chunk -> newest bytes, if disk does not have them yet
+    def find_chain(self, chain: bytes) -> int:
+        """A row with this chain id, or LOST_ROW."""
+        return self._row_of_chain.get(chain, LOST_ROW)
 
-    def reserve(self, chunk_count: int) -> None:
-        for name in ("segment", "offset", "checksum"):
-            setattr(self, name, grown(getattr(self, name), chunk_count))
+    def chain_of(self, row: int) -> bytes:
+        return bytes(self.chain[row])
 
-    def put(self, first_chunk: int, payload: bytes) -> int:
-        """Takes equal parts of `payload` for consecutive chunks. Returns how many bytes of RAM that takes more."""
-        size, more = self.bytes_per_chunk, 0
-        for i in range(len(payload) // size):
-            more += size - len(self.in_ram.get(first_chunk + i, b""))
-            # A copy of its own even if it is all of the payload: identity tells whether it was put again meanwhile.
-            self.in_ram[first_chunk + i] = bytes(memoryview(payload)[i * size : (i + 1) * size])
-        return more
-
-    def first_missing(self, first_chunk: int, chunk_count: int) -> int | None:
-        """The first of these chunks that has none."""
-        for chunk in range(first_chunk, first_chunk + chunk_count):
-            if chunk not in self.in_ram and (chunk >= len(self.segment) or self.segment[chunk] == NO_SEGMENT):
-                return chunk
-        return None
-
-    def copy_from_ram(self, first_chunk: int, result: npt.NDArray[np.uint8]) -> I64:
-        """Fills in what RAM has; returns which parts of `result` it has not, in their order on disk."""
-        size = self.bytes_per_chunk
-        absent = []
-        for i in range(len(result) // size):
-            held = self.in_ram.get(first_chunk + i)
-            if held is None:
-                absent.append(i)
+    def forget_chains(self, rows: I64) -> None:
+        """`find_chain` answers with these rows no more."""
+        for row in rows[self.chained[rows]].tolist():
+            chain, after = self.chain_of(row), int(self.twin[row])
+            at = self._row_of_chain[chain]
+            if at == row and after:
+                self._row_of_chain[chain] = after
+            elif at == row:
+                del self._row_of_chain[chain]
             else:
-                result[i * size : (i + 1) * size] = np.frombuffer(held, np.uint8)
-        positions = np.array(absent, np.int64)
-        chunks = first_chunk + positions
-        return positions[np.lexsort((self.offset[chunks], self.segment[chunks]))]
+                while self.twin[at] != row:
+                    at = int(self.twin[at])
+                self.twin[at] = after
+            self.chained[row] = False
 
 
 @dataclass(eq=False)
@@ -124,27 +146,45 @@ class Session:
     table: ChunkTable
     pool: int = 0  # which pool of the residency its geometry has
     owner: int = 0
+    tenant: str = ""
+    root: bytes = b""  # what its chain ids start from
+    ttl_s: int = 0  # 0: for ever
+    pinned: bool = False
+    epoch: int = 0  # grows with each truncation
     chunk_count: int = 0
-    # Chunks below this are on disk and synced, the rest dirty. Durable too, once the manifest names the session.
+    # Chunks below this are on disk and synced, and a frame says that they are this session's. Durable too, once the
+    # manifest names the session.
     written_count: int = 0
+    logged_epoch: int = 0  # the newest epoch that a frame tells of; while it is behind, the manifest lists the chunks
+    link_segments: list[int] = field(default_factory=list)  # that hold link frames of it which count
     appending: bool = False
     deleted: bool = False
     damaged_records: int = 0
     damaged: set[tuple[int, int, int]] = field(default_factory=set)  # (chunk, layer, record) already counted
-    summaries: dict[str, Summaries] = field(default_factory=dict)
     rows: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def temporary(self) -> bool:
         return not self.name
 
+    def all_rows(self) -> I64:
+        """[chunk_count]"""
+        return self.rows[: self.chunk_count]
+
     def put_rows(self, first_chunk: int, rows: I64) -> None:
-        self.rows = grown(self.rows, first_chunk + len(rows))  # type: ignore[assignment]
+        self.rows = grown(self.rows, first_chunk + len(rows))
         self.rows[first_chunk : first_chunk + len(rows)] = rows
 
     def token_ids(self) -> bytes:
         """Of all chunks, uint32; empty if any is unknown."""
-        rows = self.rows[: self.chunk_count]
+        rows = self.all_rows()
         if not self.table.tokens_known[rows].all():
             return b""
         return self.table.token_ids[rows].astype("<u4").tobytes()
+
+    def last_chain(self) -> bytes:
+        """Chain id that the next chunk's follows; empty when it cannot be known."""
+        if not self.chunk_count:
+            return self.root
+        row = int(self.rows[self.chunk_count - 1])
+        return self.table.chain_of(row) if self.table.chained[row] else b""

@@ -118,7 +118,7 @@ class Lane:
     def _answer(self, sequence: int) -> _Answer:
         """Reads the request, makes the call."""
         at = layout.request_at(sequence)
-        said, verb, body_bytes, session_id, _epoch, offset, size, first_chunk, chunk_count, _deadline_us = (
+        said, verb, body_bytes, session_id, epoch, offset, size, first_chunk, chunk_count, _deadline_us = (
             layout.REQUEST.unpack_from(self._memory, at)
         )
         try:
@@ -131,11 +131,11 @@ class Lane:
             body = bytes(self._memory[body_at : body_at + body_bytes])
             shared = Range(self.client_id, offset, size)
             if verb == layout.FETCH:
-                fetched = self._calls.fetch(session_id, body, shared, self._wanted)
+                fetched = self._calls.fetch(session_id, body, shared, self._wanted, epoch)
                 statuses = b"" if fetched.statuses is None else fetched.statuses.tobytes()
                 return _Answer(0, statuses, 0, fetched.ram_records, fetched.nvme_records)
             if verb == layout.APPEND:
-                count = self._calls.append(session_id, first_chunk, chunk_count, body, shared, self._wanted)
+                count = self._calls.append(session_id, first_chunk, chunk_count, body, shared, self._wanted, epoch)
                 return _Answer(chunk_count=count)
             raise InvalidRequest(f"lane request of verb {verb}: this daemon knows {sorted(_NAMES)}")
         except Exception as error:

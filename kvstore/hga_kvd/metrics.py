@@ -13,13 +13,14 @@ from hga_kvd import __version__
 from hga_kvd.errors import StartRefused
 
 if TYPE_CHECKING:
-    from hga_kvd.engine import EngineStats
+    from hga_kvd.answers import EngineStats
 
 # A RAM hit takes tens of microseconds, a large read from a busy disk tens of milliseconds.
 FETCH_BUCKETS_S = (*(base * 10**exponent for exponent in range(-5, 0) for base in (1, 2, 5)), 1.0, 5.0)
 
 _GAUGES = {
     "sessions": "Sessions open or stored",
+    "chunks": "Chunks stored, each counted once",
     "ram_bytes_max": "Size of the RAM arena",
     "ram_bytes_used": "Arena slots in use",
     "ram_bytes_dirty": "Acknowledged, not yet written to NVMe",
@@ -37,6 +38,7 @@ _COUNTERS = {
     "flushes": "Flush calls",
     "damaged_records": "Records found damaged",
     "evicted_extents": "Extents evicted from the arena",
+    "shared_chunks": "Chunks appended that were stored already",
 }
 
 

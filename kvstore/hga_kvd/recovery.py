@@ -19,6 +19,7 @@ from hga_kvd.format import (
     BadBytes,
     ChunkFrame,
     Frame,
+    SummaryFrame,
     check_frame,
     decode_frame_header,
     decode_segment_header,
@@ -166,9 +167,11 @@ class _Walker:
             count, layers, records = frame.checksums.shape
             seeds = record_seeds(frame.uids[:, None, None], np.arange(layers)[:, None], np.arange(records))
             unit_count, unit_bytes, stride = count * layers, frame.record_bytes, frame.stride
+        elif isinstance(frame, SummaryFrame):
+            unit_count, records, unit_bytes, stride = header.chunk_count, 1, frame.bytes_per_chunk, frame.stride
+            seeds = summary_seeds(frame.uids, frame.kind)
         else:
-            records, unit_count, unit_bytes, stride = header.chunk_count, 1, frame.bytes_per_chunk, header.body_bytes
-            seeds = summary_seeds(header.session_id, frame.kind, header.first_chunk + np.arange(records))
+            return True  # a link is all table
         expected = frame.checksums.reshape(unit_count, records)
         seeds = seeds.reshape(unit_count, records)
         step = max(1, SCAN_READ_BYTES // stride)  # extents a read

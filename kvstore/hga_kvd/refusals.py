@@ -29,6 +29,7 @@ STATUS: dict[type[errors.KvdError], grpc.StatusCode] = {
     errors.SessionNotFound: grpc.StatusCode.NOT_FOUND,
     errors.GeometryMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AppendOutOfOrder: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.StaleEpoch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.KeyOutOfRange: grpc.StatusCode.OUT_OF_RANGE,
     errors.LimitExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.StorageFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

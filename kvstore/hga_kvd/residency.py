@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hga_kvd.arena import EMPTY, FILLING, PAGE_BYTES, Arena, SlotClass
-from hga_kvd.errors import KeyOutOfRange, SessionNotFound
+from hga_kvd.errors import KeyOutOfRange, SessionNotFound, StaleEpoch
 from hga_kvd.eviction import Lrfu
 from hga_kvd.geometry import Geometry, Keys
-from hga_kvd.index import ChunkTable, Session
+from hga_kvd.index import ChunkTable, Places, Session
 from hga_kvd.memory import address_of, aligned_buffer
 
 I64 = npt.NDArray[np.int64]
@@ -47,7 +47,6 @@ class Residency:
         self.by_name: dict[str, Session] = {}
         self.pools: list[Pool] = []
         self.evicted_extents = 0
-        self.summary_bytes = 0  # summaries that only RAM has
         self.next_session_id = 1
         self.next_chunk_uid = 1
         self._pool_of: dict[Geometry, Pool] = {}
@@ -58,7 +57,8 @@ class Residency:
         if pool is None:
             slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
             policy = self._policies.setdefault(slots, Lrfu(slots.slot_count))
-            pool = Pool(len(self.pools), geometry, ChunkTable(geometry), slots, policy)
+            table = ChunkTable(geometry, geometry.layers * slots.stride)
+            pool = Pool(len(self.pools), geometry, table, slots, policy)
             self.pools.append(pool)
             self._pool_of[geometry] = pool
         return pool
@@ -68,14 +68,25 @@ class Residency:
         slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
         return self.arena.slots_max(slots) // geometry.layers
 
+    @property
+    def summary_bytes(self) -> int:
+        """Of summaries that only RAM has."""
+        return sum(pool.table.summaries.ram_bytes for pool in self.pools)
+
     # --- sessions ---
 
-    def session(self, session_id: int) -> Session:
+    def session(self, session_id: int, epoch: int | None = None) -> Session:
+        """The session; with `epoch`, only if that is its epoch. Raises: SessionNotFound, StaleEpoch."""
         session = self.sessions.get(session_id)
         if session is None:
             raise SessionNotFound(
                 f"session {session_id} does not exist: it was never opened, was deleted, or was temporary and its "
                 "owner or the daemon went away; open it again"
+            )
+        if epoch is not None and session.epoch != epoch:
+            raise StaleEpoch(
+                f"session {session_id} was truncated: it is in epoch {session.epoch} now and has "
+                f"{session.chunk_count} chunks, the request is of epoch {epoch}; open it again and go on from there"
             )
         return session
 
@@ -84,20 +95,28 @@ class Residency:
         if session.name:
             self.by_name[session.name] = session
 
-    def remove_session(self, session: Session) -> None:
-        """Its slots and rows become free; calls in flight keep what they pinned. Places on disk are the caller's."""
+    def remove_session(self, session: Session) -> Places:
+        """Returns what it alone had on disk. Calls in flight keep what they pinned."""
         session.deleted = True
         del self.sessions[session.session_id]
         if session.name:
             del self.by_name[session.name]
+        return self.release(session, session.all_rows())
+
+    def release(self, session: Session, rows: I64) -> Places:
+        """The session lets go of these chunks. What nobody else has is forgotten; returns where it was on disk."""
         pool = self.pools[session.pool]
-        rows = session.rows[: session.chunk_count]
-        slots = pool.table.slot[rows].reshape(-1)
+        return self.forget(pool, pool.table.release(rows))
+
+    def forget(self, pool: Pool, dead: I64) -> Places:
+        """Takes from dead rows what they have in RAM. Returns what they had on disk."""
+        slots = pool.table.slot[dead].reshape(-1)
         slots = slots[slots != 0]
         pool.policy.forget(slots.tolist())
         pool.slots.free(slots)
-        pool.table.remove(rows)
-        self.summary_bytes -= sum(len(b) for s in session.summaries.values() for b in s.in_ram.values())
+        places = pool.table.places(dead)
+        pool.table.remove(dead)
+        return places
 
     # --- slots ---
 

@@ -5,7 +5,7 @@
   synced counts.
 - A file is created, given its header and synced, and the directory synced, before `create` returns: the caller may then
   name it in the manifest, and only after that append to it.
-- `live` counts the chunks and summaries that the index still has in a segment; `pins` the calls that are reading it.
+- `live` counts the chunks, summaries and links that the index still has in a segment; `pins` the calls that read it.
 The engine's write-out lock guards appends and creation, its lock guards `live` and `pins`.
 """
 
@@ -59,6 +59,7 @@ class NewFrame:
 
     kind: int
     session_id: int
+    epoch: int
     first_chunk: int
     chunk_count: int
     table: bytes
@@ -159,7 +160,7 @@ class SegmentLog:
             # fmt: off
             header = FrameHeader(
                 frame.kind, segment.segment_id, offset, sequence, segment.synced_bytes, frame.session_id,
-                frame.first_chunk, frame.chunk_count, len(frame.table), frame.body_bytes,
+                frame.first_chunk, frame.chunk_count, len(frame.table), frame.body_bytes, frame.epoch,
             )
             # fmt: on
             headers.append(header)

@@ -29,9 +29,10 @@ from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from structlog.typing import FilteringBoundLogger
 
 from hga_kvd import __version__, errors
+from hga_kvd.answers import Fetched, SessionInfo
 from hga_kvd.calls import Calls, Range
 from hga_kvd.config import Settings
-from hga_kvd.engine import Engine, Fetched, SessionInfo
+from hga_kvd.engine import Engine
 from hga_kvd.geometry import Geometry
 from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing, NotAttached
@@ -115,11 +116,31 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
 
     @_answers
     def Open(self, request: kvd_pb2.OpenRequest, context: grpc.ServicerContext) -> kvd_pb2.OpenResponse:
-        owner = request.client_id
+        geometry = _geometry(request.geometry) if request.HasField("geometry") else None
+        return self._opened(
+            request.client_id,
+            lambda owner: self.engine.open(
+                request.name,
+                geometry,
+                request.create,
+                owner,
+                tenant=request.tenant,
+                token_ids=request.token_ids,
+                ttl_s=request.ttl_s,
+            ),
+        )
+
+    @_answers
+    def Fork(self, request: kvd_pb2.ForkRequest, context: grpc.ServicerContext) -> kvd_pb2.OpenResponse:
+        return self._opened(
+            request.client_id,
+            lambda owner: self.engine.fork(request.session_id, request.epoch, request.chunk_count, request.name, owner),
+        )
+
+    def _opened(self, owner: int, make: Callable[[int], SessionInfo]) -> kvd_pb2.OpenResponse:
         if owner and owner not in self.landing:
             raise NotAttached(f"client {owner} is not attached; call Attach again, then open")
-        geometry = _geometry(request.geometry) if request.HasField("geometry") else None
-        info = self.engine.open(request.name, geometry, request.create, owner)
+        info = make(owner)
         if owner and info.temporary and owner not in self.landing:
             # The client went while its session was made: nobody else would ever delete it.
             with contextlib.suppress(errors.SessionNotFound):
@@ -134,7 +155,13 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
             created=info.created,
             message_bytes_max=self.settings.message_bytes_max,
             fetch_keys_max=self.settings.fetch_keys_max,
+            epoch=info.epoch,
         )
+
+    @_answers
+    def Truncate(self, request: kvd_pb2.TruncateRequest, context: grpc.ServicerContext) -> kvd_pb2.TruncateResponse:
+        info = self.engine.truncate(request.session_id, request.epoch, request.chunk_count)
+        return kvd_pb2.TruncateResponse(epoch=info.epoch, chunk_count=info.chunk_count)
 
     @_answers
     def Append(
@@ -150,21 +177,23 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 raise errors.InvalidRequest("the first message of an Append has no header; send the header first")
             header = first.header
             place = (header.session_id, header.first_chunk, header.chunk_count)
-            expected = self.engine.append_limit_check(*place)
+            expected = self.engine.append_limit_check(*place, header.epoch)
             if header.HasField("shared"):
                 if first.payload or next(requests, None) is not None:
                     raise errors.InvalidRequest(
                         "an Append from shared memory is one message without payload; send the bytes in one of the two"
                     )
                 watchdog.cancel()
-                count = self.calls.append(*place, header.token_ids, _range(header.shared), context.is_active)
+                count = self.calls.append(
+                    *place, header.token_ids, _range(header.shared), context.is_active, header.epoch
+                )
             else:
                 with self._inflight(expected):
                     payload = _gathered(first.payload, requests, header.chunk_count, expected)
                     watchdog.cancel()
                     if not context.is_active():
                         raise GivenUp
-                    count = self.engine.append(*place, payload, header.token_ids)
+                    count = self.engine.append(*place, payload, header.token_ids, header.epoch)
         finally:
             watchdog.cancel()
         return kvd_pb2.AppendResponse(chunk_count=count)
@@ -173,7 +202,9 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
     def Fetch(self, request: kvd_pb2.FetchRequest, context: grpc.ServicerContext) -> bytes:
         """Returns the serialized FetchResponse: see `_fetch_response`."""
         if request.HasField("shared"):
-            fetched = self.calls.fetch(request.session_id, request.keys, _range(request.shared), context.is_active)
+            fetched = self.calls.fetch(
+                request.session_id, request.keys, _range(request.shared), context.is_active, request.epoch
+            )
             return _fetch_response(None, fetched)
         start = time.perf_counter()
         keys, size = self.calls.sized_keys(request.session_id, request.keys)
@@ -185,7 +216,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 "split the call, or use shared memory"
             )
         payload = self._buffer(size)
-        fetched = self.engine.fetch(request.session_id, keys, payload)
+        fetched = self.engine.fetch(request.session_id, keys, payload, request.epoch)
         self.calls.observe(start)
         return _fetch_response(payload, fetched)
 
@@ -203,7 +234,12 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 "put fewer chunks in one call"
             )
         self.engine.put_summaries(
-            request.session_id, request.kind, request.first_chunk, request.chunk_count, request.payload
+            request.session_id,
+            request.kind,
+            request.first_chunk,
+            request.chunk_count,
+            request.payload,
+            request.epoch,
         )
         return kvd_pb2.PutSummariesResponse()
 
@@ -217,6 +253,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
             request.first_chunk,
             request.chunk_count,
             self.settings.message_bytes_max,
+            request.epoch,
         )
         return kvd_pb2.GetSummariesResponse(chunk_count=count, payload=payload)
 
@@ -359,4 +396,8 @@ def _session_message(info: SessionInfo) -> kvd_pb2.SessionInfo:
         durable_chunk_count=info.durable_chunk_count,
         damaged_records=info.damaged_records,
         temporary=info.temporary,
+        epoch=info.epoch,
+        pinned=info.pinned,
+        tenant=info.tenant,
+        ttl_s=info.ttl_s,
     )

@@ -14,17 +14,16 @@ from hga_kvd.errors import StartRefused
 from hga_kvd.format import (
     MANIFEST_NAME,
     BadBytes,
-    ChunkFrame,
     Frame,
     Manifest,
     NewerFormat,
     SegmentEntry,
-    SummaryFrame,
     decode_manifest,
     segment_id_of,
     segment_name,
 )
-from hga_kvd.index import LOST_ROW, NO_SEGMENT, Session, Summaries
+from hga_kvd.index import LOST_ROW, Session
+from hga_kvd.rebuild import rebuild
 from hga_kvd.recovery import Walk, erase_heads, header_fits, walk
 from hga_kvd.residency import Residency
 from hga_kvd.segments import Segment, SegmentLog
@@ -36,11 +35,9 @@ def recover(disk: Disk, segments: SegmentLog, residency: Residency, log: Filteri
     if manifest is None:
         return 0
     walks = [(entry, *_read_segment(disk, entry, manifest.clean, log)) for entry in manifest.segments]
-    for known in manifest.sessions:
-        pool = residency.pool_for(known.geometry)
-        residency.add_session(Session(known.session_id, known.name, pool.table, pool.number))
     residency.next_session_id, residency.next_chunk_uid = manifest.next_session_id, manifest.next_chunk_uid
     segments.next_segment_id = manifest.next_segment_id
+    frames: list[Frame] = []
     for entry, handle, found in sorted(walks, key=lambda w: w[0].segment_id):
         if handle < 0:
             continue
@@ -52,11 +49,17 @@ def recover(disk: Disk, segments: SegmentLog, residency: Residency, log: Filteri
             continue
         segment.used_bytes = segment.synced_bytes = found.used_bytes
         segment.next_sequence = found.next_sequence
-        for frame in found.frames:
-            _apply(frame, segments, residency, log)
+        frames += found.frames
+    rebuilt = rebuild(manifest, frames, residency)
+    for segment_id, count in rebuilt.live.items():
+        segments.segments[segment_id].live = count
+    for header in rebuilt.misfits:
+        log.error(
+            "frame damaged", segment=header.segment_id, offset=header.offset, error="its sizes are not its session's"
+        )
     _go_on(disk, manifest, walks, segments, log)
     _remove_leftovers(disk, manifest, segments, log)
-    return sum(_close_gaps(residency, known.session_id, known.chunk_count, log) for known in manifest.sessions)
+    return sum(_report_lost(session, log) for session in residency.sessions.values())
 
 
 def _read_manifest(disk: Disk) -> Manifest | None:
@@ -103,67 +106,6 @@ def _read_segment(disk: Disk, entry: SegmentEntry, clean: bool, log: FilteringBo
     for start, end in found.damage:
         log.error("segment damaged", segment=name, from_byte=start, to_byte=end, error="frames in here are lost")
     return handle, found
-
-
-def _apply(frame: Frame, segments: SegmentLog, residency: Residency, log: FilteringBoundLogger) -> None:
-    """Adds one frame to the index; frames come in the order they were written."""
-    header = frame.header
-    if isinstance(frame, ChunkFrame):
-        residency.next_chunk_uid = max(residency.next_chunk_uid, int(frame.uids.max()) + 1)
-    residency.next_session_id = max(residency.next_session_id, header.session_id + 1)
-    session = residency.sessions.get(header.session_id)
-    if session is None:
-        return
-    fits = _apply_chunks(session, frame, segments) if isinstance(frame, ChunkFrame) else True
-    if isinstance(frame, SummaryFrame):
-        _apply_summaries(session, frame, segments)
-    if not fits:
-        log.error(
-            "frame damaged", segment=header.segment_id, offset=header.offset, error="its sizes are not its session's"
-        )
-
-
-def _apply_chunks(session: Session, frame: ChunkFrame, segments: SegmentLog) -> bool:
-    table, geometry, header = session.table, session.table.geometry, frame.header
-    shape = (geometry.layers, geometry.records_per_extent)
-    if (frame.checksums.shape[1:], frame.record_bytes) != (shape, geometry.record_bytes):
-        return False
-    if frame.token_ids.shape[1] != geometry.chunk_tokens:
-        return False
-    end = header.first_chunk + header.chunk_count
-    old = session.rows[header.first_chunk : min(end, session.chunk_count)]
-    for row in old[old != LOST_ROW].tolist():
-        segments.segments[int(table.segment[row])].live -= 1
-    table.remove(old)
-    rows = table.add(header.chunk_count)
-    table.uid[rows] = frame.uids
-    table.segment[rows] = header.segment_id
-    table.offset[rows] = header.body_offset + np.arange(header.chunk_count) * frame.chunk_stride
-    table.checksums[rows] = frame.checksums
-    table.tokens_known[rows] = frame.tokens_known
-    table.token_ids[rows] = frame.token_ids
-    segments.segments[header.segment_id].live += header.chunk_count
-    session.put_rows(header.first_chunk, rows)
-    session.chunk_count = session.written_count = max(session.chunk_count, end)
-    return True
-
-
-def _apply_summaries(session: Session, frame: SummaryFrame, segments: SegmentLog) -> None:
-    header, size = frame.header, frame.bytes_per_chunk
-    summaries = session.summaries.setdefault(frame.kind, Summaries(size))
-    if summaries.bytes_per_chunk != size:
-        return
-    # A summary is written after its chunk; one without is the rest of a chunk that was lost.
-    count = min(header.chunk_count, max(0, session.chunk_count - header.first_chunk))
-    chunks = header.first_chunk + np.arange(count)
-    summaries.reserve(header.first_chunk + count)
-    for segment_id in summaries.segment[chunks].tolist():
-        if segment_id != NO_SEGMENT:
-            segments.segments[segment_id].live -= 1
-    summaries.segment[chunks] = header.segment_id
-    summaries.offset[chunks] = header.body_offset + np.arange(count) * size
-    summaries.checksum[chunks] = frame.checksums[:count]
-    segments.segments[header.segment_id].live += count
 
 
 def _go_on(
@@ -215,13 +157,9 @@ def _remove_leftovers(disk: Disk, manifest: Manifest, segments: SegmentLog, log:
             log.warning("unknown file left alone", file=name, error="its name is a segment's, its content is not")
 
 
-def _close_gaps(residency: Residency, session_id: int, chunk_count: int, log: FilteringBoundLogger) -> int:
-    """Chunks that must have been there and were not found stay as lost rows. Returns how many records they had."""
-    session = residency.sessions[session_id]
-    if chunk_count > session.chunk_count:
-        session.put_rows(session.chunk_count, np.full(chunk_count - session.chunk_count, LOST_ROW, np.int64))
-        session.chunk_count = session.written_count = chunk_count
-    lost = np.flatnonzero(session.rows[: session.chunk_count] == LOST_ROW)
+def _report_lost(session: Session, log: FilteringBoundLogger) -> int:
+    """Chunks that must have been there and were not found are lost rows. Returns how many records they had."""
+    lost = np.flatnonzero(session.all_rows() == LOST_ROW)
     if len(lost):
         geometry = session.table.geometry
         session.damaged_records = len(lost) * geometry.layers * geometry.records_per_extent

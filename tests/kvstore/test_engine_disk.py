@@ -59,8 +59,7 @@ def test_workload(tmp_path: Path) -> None:
         work.run(150)
         for known in work.known.values():
             if known.name:
-                work.engine.flush(known.session_id)
-                known.flushed()
+                work.flush(known)
         work.engine.shutdown()
         work.after_restart(make(tmp_path))
     work.engine.shutdown()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 GOLDEN = Path(__file__).parent / "golden"
 GEOMETRY = Geometry(1, 1, 4, "float16", chunk_tokens=8, group_tokens=4)
 SEGMENT_BYTES = 64 << 10
-USED_BYTES = 5 * 4096  # segment header, chunk frame of two blocks, summary frame of two blocks
+USED_BYTES = 6 * 4096  # segment header, chunk frame of two blocks, summary frame of two blocks, link frame of one
 
 
 def golden_settings() -> Settings:
@@ -34,6 +34,7 @@ def write_golden() -> SimDisk:
     engine.append(session, 0, 1, np.arange(128, dtype=np.uint8), b"")
     engine.put_summaries(session, "k.v1", 0, 1, b"summary!")
     engine.flush(session)
+    engine.flush(engine.fork(session, 0, 0, "fork").session_id)
     engine.shutdown()
     return disk
 
@@ -59,7 +60,10 @@ def test_golden_store_is_read() -> None:
     records = np.zeros(128, np.uint8)
     assert engine.fetch(1, keys, records).statuses is None
     assert records.tolist() == [*range(64, 128), *range(64)]
-    assert engine.get_summaries(1, "k.v1", 0, 1, 100) == (1, b"summary!")
+    fork = engine.open("fork", None, create=False)
+    assert (fork.session_id, fork.chunk_count, engine.stats().chunks) == (2, 1, 1)
+    for session_id in (1, 2):
+        assert engine.get_summaries(session_id, "k.v1", 0, 1, 100) == (1, b"summary!")
 
 
 def test_document_shows_the_golden_bytes() -> None:
@@ -100,7 +104,7 @@ def test_mix_is_splitmix64() -> None:
 def test_seeds_name_the_place() -> None:
     seeds = record_seeds(np.arange(20)[:, None, None], np.arange(20)[:, None], np.arange(20))
     assert len(np.unique(seeds)) == 8000
-    assert len(np.unique([summary_seeds(s, k, c)[0] for s in range(5) for k in "ab" for c in range(5)])) == 50
+    assert len(np.unique([summary_seeds(c, k)[0] for k in "ab" for c in range(25)])) == 50
     data = bytes(range(100))
     one, two = checksums(memoryview(data), np.array([0, 0]), 50, seeds[0, 0, :2]).tolist()
     assert one != two
@@ -131,9 +135,21 @@ def chunk_frames(draw: st.DrawFn) -> tuple[fmt.FrameHeader, bytes, int]:
 def summary_frames(draw: st.DrawFn) -> tuple[fmt.FrameHeader, bytes, int]:
     count, each = draw(st.integers(1, 9)), draw(st.integers(1, 9000))
     kind = draw(st.text(min_size=1, max_size=16))
-    table = fmt.encode_summary_table(kind, each, np.arange(count, dtype=np.uint64))
-    header = fmt.FrameHeader(fmt.SUMMARIES, 3, 4096, 0, 4096, 6, 7, count, len(table), fmt.round_up(count * each))
+    numbers = np.arange(2 * count, dtype=np.uint64)
+    table = fmt.encode_summary_table(kind, each, numbers[:count], numbers[count:])
+    header = fmt.FrameHeader(fmt.SUMMARIES, 3, 4096, 0, 4096, 6, 7, count, len(table), count * fmt.round_up(each))
     return header, table, header.offset + header.frame_bytes
+
+
+@st.composite
+def link_frames(draw: st.DrawFn) -> tuple[fmt.FrameHeader, bytes, int]:
+    uids = np.array(draw(st.lists(st.integers(0, 1 << 62), max_size=9)), np.uint64)
+    table = fmt.encode_link_table(uids)
+    header = fmt.FrameHeader(fmt.LINK, 3, 4096, 0, 4096, 6, 7, len(uids), len(table), 0, epoch=draw(st.integers(0, 9)))
+    return header, table, header.offset + header.frame_bytes
+
+
+FRAMES = st.one_of(chunk_frames(), summary_frames(), link_frames())
 
 
 def decode(head: bytes, header: fmt.FrameHeader, segment_bytes: int) -> fmt.Frame:
@@ -141,7 +157,7 @@ def decode(head: bytes, header: fmt.FrameHeader, segment_bytes: int) -> fmt.Fram
     return fmt.decode_table(found, fmt.check_frame(found, head))
 
 
-@given(st.one_of(chunk_frames(), summary_frames()))
+@given(FRAMES)
 def test_frames_come_back(made: tuple[fmt.FrameHeader, bytes, int]) -> None:
     header, table, end = made
     head = fmt.encode_frame_head(header, table)
@@ -152,12 +168,14 @@ def test_frames_come_back(made: tuple[fmt.FrameHeader, bytes, int]) -> None:
         again = fmt.encode_chunk_table(
             frame.record_bytes, frame.uids, frame.checksums, frame.tokens_known, frame.token_ids
         )
+    elif isinstance(frame, fmt.LinkFrame):
+        again = fmt.encode_link_table(frame.uids)
     else:
-        again = fmt.encode_summary_table(frame.kind, frame.bytes_per_chunk, frame.checksums)
+        again = fmt.encode_summary_table(frame.kind, frame.bytes_per_chunk, frame.uids, frame.checksums)
     assert again == table
 
 
-@given(st.one_of(chunk_frames(), summary_frames()), st.data())
+@given(FRAMES, st.data())
 def test_any_changed_byte_of_a_frame_is_noticed(made: tuple[fmt.FrameHeader, bytes, int], data: st.DataObject) -> None:
     header, table, end = made
     head = bytearray(fmt.encode_frame_head(header, table))
@@ -167,7 +185,7 @@ def test_any_changed_byte_of_a_frame_is_noticed(made: tuple[fmt.FrameHeader, byt
         decode(bytes(head), header, end)
 
 
-@given(st.one_of(chunk_frames(), summary_frames()), st.integers(0, 3))
+@given(FRAMES, st.integers(0, 3))
 def test_a_frame_at_a_wrong_place_is_refused(made: tuple[fmt.FrameHeader, bytes, int], which: int) -> None:
     header, table, end = made
     head = fmt.encode_frame_head(header, table)
@@ -181,7 +199,7 @@ def test_a_frame_at_a_wrong_place_is_refused(made: tuple[fmt.FrameHeader, bytes,
         decode(head, wrong, end + 4096 if wrong is not header else end - 1)
 
 
-@given(st.integers(1, 2), st.integers(1, 1 << 32 - 1), st.binary(max_size=400))
+@given(st.integers(1, 3), st.integers(0, 1 << 32 - 1), st.binary(max_size=400))
 def test_tables_with_lying_sizes_are_refused(kind: int, count: int, table: bytes) -> None:
     """A checksum that matches is no licence: a table made by a bug, or by hand, is still bounded by its own length."""
     header = fmt.FrameHeader(kind, 3, 4096, 0, 4096, 6, 7, count, len(table), 4096)
@@ -189,7 +207,7 @@ def test_tables_with_lying_sizes_are_refused(kind: int, count: int, table: bytes
         frame = fmt.decode_table(header, table)
     except fmt.BadBytes:
         return
-    assert frame.checksums.nbytes <= len(table)
+    assert frame.uids.nbytes <= len(table)
 
 
 @given(st.binary(max_size=200))
@@ -234,7 +252,16 @@ MANIFESTS = st.builds(
     st.integers(0, 1 << 62),
     st.lists(
         st.builds(
-            fmt.SessionEntry, st.integers(1, 99), st.text(min_size=1, max_size=9), GEOMETRIES, st.integers(0, 99)
+            fmt.SessionEntry,
+            st.integers(1, 99),
+            st.text(min_size=1, max_size=9),
+            GEOMETRIES,
+            st.just(7),
+            st.integers(0, 99),
+            st.text(max_size=9),
+            st.integers(0, 99),
+            st.booleans(),
+            st.sampled_from([None, ((1, 7),), ((3, 2), (0, 1), (9, 4))]),
         ),
         max_size=4,
         unique_by=(lambda s: s.session_id, lambda s: s.name),
@@ -278,12 +305,18 @@ def signed(text: bytes, version: int = 1) -> bytes:
         (b'"next_chunk_uid":2', b'"next_chunk_uid":-1'),
         (b'"next_chunk_uid":2', b'"next_chunk_uid":1e3'),
         (b'"next_chunk_uid":2', b'"next_chunk_uid":99999999999999999999999'),
-        (b'"geometry":0', b'"geometry":1'),
-        (b'"geometry":0', b'"geometry":-1'),
+        (b'"geometry":0,"id":1', b'"geometry":1,"id":1'),
+        (b'"geometry":0,"id":1', b'"geometry":-1,"id":1'),
         (b'"layers":1', b'"layers":0'),
         (b'"layers":1', b'"layers":"1"'),
         (b'"layers":1', b'"rows":1'),
         (b'"name":"golden"', b'"name":7'),
+        (b'"epoch":0,"geometry":0,"id":1,', b'"epoch":-1,"geometry":0,"id":1,'),
+        (b'1,"links":null', b'1,"links":7'),
+        (b'1,"links":null', b'1,"links":[[1]]'),
+        (b'1,"links":null', b'1,"links":[[1,2]]'),
+        (b'"golden","pinned":false', b'"golden","pinned":0'),
+        (b'"golden","pinned":false,"tenant":""', b'"golden","pinned":false,"tenant":null'),
         (b'"state":"open"', b'"state":"ajar"'),
         (b'"segments":[', b'"segments":[{"id":1,"state":"open","used_bytes":0},'),
         (b'"sessions":[', b'"sessions":{'),

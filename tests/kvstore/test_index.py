@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from hga_kvd.geometry import Geometry
-from hga_kvd.index import LOST_ROW, ChunkTable, Session, Summaries, grown
+from hga_kvd.growing import grown
+from hga_kvd.index import LOST_ROW, ChunkTable, Session
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ def test_grown_keeps_what_there_was(rows: int, wanted: int) -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 20)), max_size=60))
 def test_rows(steps: list[tuple[bool, int]]) -> None:
-    table, held, uid = ChunkTable(GEOMETRY), {}, 0
+    table, held, uid = ChunkTable(GEOMETRY, 8192), {}, 0
     for add, count in steps:
         if add:
             rows = table.add(count)
@@ -36,7 +37,7 @@ def test_rows(steps: list[tuple[bool, int]]) -> None:
                 table.slot[row] = uid
         else:
             gone = list(held)[:count]
-            table.remove(np.array([*gone, LOST_ROW], np.int64))
+            table.remove(table.release(np.array([*gone, LOST_ROW], np.int64)))
             for row in gone:
                 del held[row]
         assert table.in_use() == len(held)
@@ -45,7 +46,7 @@ def test_rows(steps: list[tuple[bool, int]]) -> None:
 
 
 def test_token_ids_are_all_or_nothing() -> None:
-    table = ChunkTable(GEOMETRY)
+    table = ChunkTable(GEOMETRY, 8192)
     session = Session(1, "s", table)
     assert session.token_ids() == b""
     rows = table.add(2)
@@ -61,22 +62,51 @@ def test_token_ids_are_all_or_nothing() -> None:
     assert session.token_ids() == b""
 
 
-def test_summaries_in_ram() -> None:
-    summaries = Summaries(4)
-    assert summaries.first_missing(0, 1) == 0
-    assert summaries.put(1, b"aaaabbbb") == 8
-    assert summaries.put(2, b"cccc") == 0
-    assert summaries.first_missing(1, 2) is None
-    assert summaries.first_missing(0, 3) == 0
-    result = np.zeros(8, np.uint8)
-    assert len(summaries.copy_from_ram(1, result)) == 0
-    assert result.tobytes() == b"aaaacccc"
-
-
 def test_an_extent_takes_less_than_200_bytes() -> None:
     """Qwen3-30B: 48 layers, 4 KV heads; record checksums included."""
     geometry = Geometry(48, 4, 128, "bfloat16")
-    table = ChunkTable(geometry)
+    table = ChunkTable(geometry, 1)
     table.add(1023)
-    arrays = (table.uid, table.segment, table.offset, table.checksums, table.slot, table.tokens_known, table.token_ids)
+    arrays = [value for value in vars(table).values() if isinstance(value, np.ndarray)]
     assert sum(a.nbytes for a in arrays) / (1024 * 48) < 150
+
+
+def test_rows_are_shared_and_die_with_their_last_reference() -> None:
+    table = ChunkTable(GEOMETRY, 8192)
+    rows = table.add(3)
+    table.hold(rows[:2])
+    assert table.release(rows).tolist() == [rows[2]]
+    assert table.release(np.array([LOST_ROW, rows[0], LOST_ROW])).tolist() == [rows[0]]
+    assert table.release(rows[1:2]).tolist() == [rows[1]]
+    assert table.refs[LOST_ROW] == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("sr"), st.integers(0, 9), st.integers(0, 3)), max_size=60))
+def test_chains_answer_with_a_row_that_has_them(steps: list[tuple[str, int, int]]) -> None:
+    table, held = ChunkTable(GEOMETRY, 8192), dict[int, int]()
+    rows = table.add(10).tolist()
+    for what, i, number in steps:
+        if what == "s" and rows[i] not in held:
+            table.set_chain(rows[i], bytes([number]) * 32)
+            held[rows[i]] = number
+        elif what == "r":
+            table.forget_chains(np.array([rows[i]]))
+            held.pop(rows[i], None)
+        for wanted in range(4):
+            found = table.find_chain(bytes([wanted]) * 32)
+            having = [row for row, other in held.items() if other == wanted]
+            assert found in having if having else found == LOST_ROW
+
+
+def test_places_are_whole_blocks_of_what_is_on_disk() -> None:
+    table = ChunkTable(GEOMETRY, 8192)
+    rows = table.add(2)
+    table.segment[rows[0]], table.offset[rows[0]] = 3, 4096
+    summaries = table.summaries
+    summaries.put(rows, "k", b"a" * 10000)
+    at = summaries.find(rows, "k")
+    assert summaries.saved(int(at[1]), summaries.in_ram[int(at[1])], 4, 12288, 99)
+    places = table.places(rows)
+    assert places.segment.tolist() == [3, 4]
+    assert places.offset.tolist() == [4096, 12288]
+    assert places.bytes.tolist() == [8192, 8192]

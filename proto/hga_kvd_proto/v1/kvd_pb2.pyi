@@ -69,19 +69,25 @@ class AttachResponse(_message.Message):
     def __init__(self, client_id: _Optional[int] = ..., region_bytes: _Optional[int] = ..., handover_socket: _Optional[str] = ..., token: _Optional[bytes] = ..., huge_pages: bool = ..., lane_version: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("name", "geometry", "create", "client_id")
+    __slots__ = ("name", "geometry", "create", "client_id", "tenant", "token_ids", "ttl_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
     CREATE_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     geometry: Geometry
     create: bool
     client_id: int
-    def __init__(self, name: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., create: bool = ..., client_id: _Optional[int] = ...) -> None: ...
+    tenant: str
+    token_ids: bytes
+    ttl_s: int
+    def __init__(self, name: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., create: bool = ..., client_id: _Optional[int] = ..., tenant: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., ttl_s: _Optional[int] = ...) -> None: ...
 
 class OpenResponse(_message.Message):
-    __slots__ = ("session_id", "name", "geometry", "chunk_count", "durable_chunk_count", "created", "message_bytes_max", "fetch_keys_max")
+    __slots__ = ("session_id", "name", "geometry", "chunk_count", "durable_chunk_count", "created", "message_bytes_max", "fetch_keys_max", "epoch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +96,7 @@ class OpenResponse(_message.Message):
     CREATED_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
     FETCH_KEYS_MAX_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     name: str
     geometry: Geometry
@@ -98,7 +105,40 @@ class OpenResponse(_message.Message):
     created: bool
     message_bytes_max: int
     fetch_keys_max: int
-    def __init__(self, session_id: _Optional[int] = ..., name: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., chunk_count: _Optional[int] = ..., durable_chunk_count: _Optional[int] = ..., created: bool = ..., message_bytes_max: _Optional[int] = ..., fetch_keys_max: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, session_id: _Optional[int] = ..., name: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., chunk_count: _Optional[int] = ..., durable_chunk_count: _Optional[int] = ..., created: bool = ..., message_bytes_max: _Optional[int] = ..., fetch_keys_max: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class ForkRequest(_message.Message):
+    __slots__ = ("session_id", "epoch", "chunk_count", "name", "client_id")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    epoch: int
+    chunk_count: int
+    name: str
+    client_id: int
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., chunk_count: _Optional[int] = ..., name: _Optional[str] = ..., client_id: _Optional[int] = ...) -> None: ...
+
+class TruncateRequest(_message.Message):
+    __slots__ = ("session_id", "epoch", "chunk_count")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    epoch: int
+    chunk_count: int
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., chunk_count: _Optional[int] = ...) -> None: ...
+
+class TruncateResponse(_message.Message):
+    __slots__ = ("epoch", "chunk_count")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    chunk_count: int
+    def __init__(self, epoch: _Optional[int] = ..., chunk_count: _Optional[int] = ...) -> None: ...
 
 class AppendRequest(_message.Message):
     __slots__ = ("header", "payload")
@@ -109,18 +149,20 @@ class AppendRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[AppendHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class AppendHeader(_message.Message):
-    __slots__ = ("session_id", "first_chunk", "chunk_count", "shared", "token_ids")
+    __slots__ = ("session_id", "first_chunk", "chunk_count", "shared", "token_ids", "epoch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     first_chunk: int
     chunk_count: int
     shared: SharedRange
     token_ids: bytes
-    def __init__(self, session_id: _Optional[int] = ..., first_chunk: _Optional[int] = ..., chunk_count: _Optional[int] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+    epoch: int
+    def __init__(self, session_id: _Optional[int] = ..., first_chunk: _Optional[int] = ..., chunk_count: _Optional[int] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class AppendResponse(_message.Message):
     __slots__ = ("chunk_count",)
@@ -129,14 +171,16 @@ class AppendResponse(_message.Message):
     def __init__(self, chunk_count: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "keys", "shared")
+    __slots__ = ("session_id", "keys", "shared", "epoch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     keys: bytes
     shared: SharedRange
-    def __init__(self, session_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, session_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("payload", "statuses", "ram_records", "nvme_records")
@@ -163,34 +207,38 @@ class FlushResponse(_message.Message):
     def __init__(self, durable_chunk_count: _Optional[int] = ...) -> None: ...
 
 class PutSummariesRequest(_message.Message):
-    __slots__ = ("session_id", "kind", "first_chunk", "chunk_count", "payload")
+    __slots__ = ("session_id", "kind", "first_chunk", "chunk_count", "payload", "epoch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     kind: str
     first_chunk: int
     chunk_count: int
     payload: bytes
-    def __init__(self, session_id: _Optional[int] = ..., kind: _Optional[str] = ..., first_chunk: _Optional[int] = ..., chunk_count: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    epoch: int
+    def __init__(self, session_id: _Optional[int] = ..., kind: _Optional[str] = ..., first_chunk: _Optional[int] = ..., chunk_count: _Optional[int] = ..., payload: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class PutSummariesResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetSummariesRequest(_message.Message):
-    __slots__ = ("session_id", "kind", "first_chunk", "chunk_count")
+    __slots__ = ("session_id", "kind", "first_chunk", "chunk_count", "epoch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     kind: str
     first_chunk: int
     chunk_count: int
-    def __init__(self, session_id: _Optional[int] = ..., kind: _Optional[str] = ..., first_chunk: _Optional[int] = ..., chunk_count: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, session_id: _Optional[int] = ..., kind: _Optional[str] = ..., first_chunk: _Optional[int] = ..., chunk_count: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class GetSummariesResponse(_message.Message):
     __slots__ = ("chunk_count", "payload")
@@ -235,7 +283,7 @@ class ListResponse(_message.Message):
     def __init__(self, sessions: _Optional[_Iterable[_Union[SessionInfo, _Mapping]]] = ..., more: bool = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session_id", "name", "geometry", "chunk_count", "durable_chunk_count", "damaged_records", "temporary", "token_ids")
+    __slots__ = ("session_id", "name", "geometry", "chunk_count", "durable_chunk_count", "damaged_records", "temporary", "token_ids", "epoch", "pinned", "tenant", "ttl_s")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +292,10 @@ class SessionInfo(_message.Message):
     DAMAGED_RECORDS_FIELD_NUMBER: _ClassVar[int]
     TEMPORARY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     name: str
     geometry: Geometry
@@ -252,7 +304,11 @@ class SessionInfo(_message.Message):
     damaged_records: int
     temporary: bool
     token_ids: bytes
-    def __init__(self, session_id: _Optional[int] = ..., name: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., chunk_count: _Optional[int] = ..., durable_chunk_count: _Optional[int] = ..., damaged_records: _Optional[int] = ..., temporary: bool = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+    epoch: int
+    pinned: bool
+    tenant: str
+    ttl_s: int
+    def __init__(self, session_id: _Optional[int] = ..., name: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., chunk_count: _Optional[int] = ..., durable_chunk_count: _Optional[int] = ..., damaged_records: _Optional[int] = ..., temporary: bool = ..., token_ids: _Optional[bytes] = ..., epoch: _Optional[int] = ..., pinned: bool = ..., tenant: _Optional[str] = ..., ttl_s: _Optional[int] = ...) -> None: ...
 
 class StatRequest(_message.Message):
     __slots__ = ("session_id", "first_chunk")
@@ -263,7 +319,7 @@ class StatRequest(_message.Message):
     def __init__(self, session_id: _Optional[int] = ..., first_chunk: _Optional[int] = ...) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "io_engine", "sessions", "ram_bytes_max", "ram_bytes_used", "ram_bytes_dirty", "nvme_bytes_max", "nvme_bytes_used", "fetches", "fetched_ram_records", "fetched_nvme_records", "fetched_ram_bytes", "fetched_nvme_bytes", "appended_bytes", "written_bytes", "flushes", "damaged_records", "evicted_extents", "attached_clients", "session")
+    __slots__ = ("version", "uptime_s", "io_engine", "sessions", "ram_bytes_max", "ram_bytes_used", "ram_bytes_dirty", "nvme_bytes_max", "nvme_bytes_used", "fetches", "fetched_ram_records", "fetched_nvme_records", "fetched_ram_bytes", "fetched_nvme_bytes", "appended_bytes", "written_bytes", "flushes", "damaged_records", "evicted_extents", "attached_clients", "session", "chunks", "shared_chunks")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     IO_ENGINE_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +341,8 @@ class StatResponse(_message.Message):
     EVICTED_EXTENTS_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     io_engine: str
@@ -306,4 +364,6 @@ class StatResponse(_message.Message):
     evicted_extents: int
     attached_clients: int
     session: SessionInfo
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., io_engine: _Optional[str] = ..., sessions: _Optional[int] = ..., ram_bytes_max: _Optional[int] = ..., ram_bytes_used: _Optional[int] = ..., ram_bytes_dirty: _Optional[int] = ..., nvme_bytes_max: _Optional[int] = ..., nvme_bytes_used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_ram_records: _Optional[int] = ..., fetched_nvme_records: _Optional[int] = ..., fetched_ram_bytes: _Optional[int] = ..., fetched_nvme_bytes: _Optional[int] = ..., appended_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., flushes: _Optional[int] = ..., damaged_records: _Optional[int] = ..., evicted_extents: _Optional[int] = ..., attached_clients: _Optional[int] = ..., session: _Optional[_Union[SessionInfo, _Mapping]] = ...) -> None: ...
+    chunks: int
+    shared_chunks: int
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., io_engine: _Optional[str] = ..., sessions: _Optional[int] = ..., ram_bytes_max: _Optional[int] = ..., ram_bytes_used: _Optional[int] = ..., ram_bytes_dirty: _Optional[int] = ..., nvme_bytes_max: _Optional[int] = ..., nvme_bytes_used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_ram_records: _Optional[int] = ..., fetched_nvme_records: _Optional[int] = ..., fetched_ram_bytes: _Optional[int] = ..., fetched_nvme_bytes: _Optional[int] = ..., appended_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., flushes: _Optional[int] = ..., damaged_records: _Optional[int] = ..., evicted_extents: _Optional[int] = ..., attached_clients: _Optional[int] = ..., session: _Optional[_Union[SessionInfo, _Mapping]] = ..., chunks: _Optional[int] = ..., shared_chunks: _Optional[int] = ...) -> None: ...

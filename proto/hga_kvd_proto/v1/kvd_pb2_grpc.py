@@ -54,6 +54,16 @@ class KvdStub(object):
                 request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.FetchRequest.SerializeToString,
                 response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.FetchResponse.FromString,
                 _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/hga_kvd.v1.Kvd/Fork',
+                request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.ForkRequest.SerializeToString,
+                response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.OpenResponse.FromString,
+                _registered_method=True)
+        self.Truncate = channel.unary_unary(
+                '/hga_kvd.v1.Kvd/Truncate',
+                request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.SerializeToString,
+                response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.FromString,
+                _registered_method=True)
         self.Flush = channel.unary_unary(
                 '/hga_kvd.v1.Kvd/Flush',
                 request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.FlushRequest.SerializeToString,
@@ -107,6 +117,8 @@ class KvdServicer(object):
 
     def Open(self, request, context):
         """Opens a session by name, creating it if asked. Opening is cheap and idempotent; several clients may hold one session.
+        A new session that names its tokens starts with the chunks of the longest prefix that its tenant has stored under this
+        geometry, in whatever session; chunk_count of the answer says how many. It shares them: nothing is copied.
         NOT_FOUND            no session has this name and `create` is false
         FAILED_PRECONDITION  the session exists with another geometry (the message names the fields that differ)
         INVALID_ARGUMENT     the geometry is impossible or over a limit
@@ -119,10 +131,11 @@ class KvdServicer(object):
     def Append(self, request_iterator, context):
         """Appends closed chunks, all layers at once, at the end of the session. The stream carries a header in its first
         message and the payload either in shared memory (one message) or as parts of at most message_bytes_max each.
-        All chunks become visible together when the stream ends well; a broken stream leaves no trace.
+        All chunks become visible together when the stream ends well; a broken stream leaves no trace. A chunk that the tenant
+        has stored already, with the same tokens from the start of the sequence on and the same bytes, is shared.
         Acknowledged means: held in RAM and readable. Durable means: a later Flush returned.
         NOT_FOUND            unknown or deleted session
-        FAILED_PRECONDITION  first_chunk is not the session's chunk_count (append out of order)
+        FAILED_PRECONDITION  first_chunk is not the session's chunk_count (AppendOutOfOrder); or StaleEpoch
         INVALID_ARGUMENT     the payload's size is not chunk_count * chunk_bytes, or the shared range is not in the region
         RESOURCE_EXHAUSTED   RAM or NVMe is full, reads go on (StorageFull); or the call is larger than one call may be, or
         too many payloads are on their way (LimitExceeded)
@@ -135,10 +148,35 @@ class KvdServicer(object):
     def Fetch(self, request, context):
         """Returns the records of the given keys, in the order of the keys. One call may name several layers.
         NOT_FOUND            unknown or deleted session
+        FAILED_PRECONDITION  StaleEpoch
         INVALID_ARGUMENT     the keys are not whole, or the shared range is not in the region or too small
         OUT_OF_RANGE         a layer, KV head or group is not in the session (the first offender is named)
         RESOURCE_EXHAUSTED   more keys or payload bytes than one call may have; split the call
         UNAVAILABLE          the device answered with an error that may pass
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fork(self, request, context):
+        """Makes a new session that starts with the first chunks of another one and shares them: a copy on write, whose cost is
+        that of a list of numbers. It has the tenant and TTL of the other one; it is durable when it is flushed.
+        NOT_FOUND            unknown or deleted session
+        FAILED_PRECONDITION  StaleEpoch
+        OUT_OF_RANGE         chunk_count is more than the session has
+        INVALID_ARGUMENT     there is another session with this name
+        RESOURCE_EXHAUSTED   too many sessions
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Truncate(self, request, context):
+        """Drops the chunks from chunk_count on and starts the next epoch. Of a named session, durable when it returns.
+        NOT_FOUND            unknown or deleted session
+        FAILED_PRECONDITION  StaleEpoch
+        OUT_OF_RANGE         chunk_count is more than the session has
+        DATA_LOSS            done, but it could not be written: the chunks may come back at the next start
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,7 +192,8 @@ class KvdServicer(object):
 
     def PutSummaries(self, request, context):
         """Stores client-computed routing state of closed chunks: opaque bytes, a fixed number per chunk, bound to a kind (for
-        example "hga.v1") and replaced when put again. Survives as chunks do.
+        example "hga.v1") and replaced when put again. It belongs to the chunks: sessions that share them share it. Survives as
+        chunks do.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +256,16 @@ def add_KvdServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.FetchRequest.FromString,
                     response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.FetchResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.ForkRequest.FromString,
+                    response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.OpenResponse.SerializeToString,
+            ),
+            'Truncate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Truncate,
+                    request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.FromString,
+                    response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.SerializeToString,
             ),
             'Flush': grpc.unary_unary_rpc_method_handler(
                     servicer.Flush,
@@ -362,6 +411,60 @@ class Kvd(object):
             '/hga_kvd.v1.Kvd/Fetch',
             hga__kvd__proto_dot_v1_dot_kvd__pb2.FetchRequest.SerializeToString,
             hga__kvd__proto_dot_v1_dot_kvd__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hga_kvd.v1.Kvd/Fork',
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.ForkRequest.SerializeToString,
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.OpenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Truncate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hga_kvd.v1.Kvd/Truncate',
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.SerializeToString,
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.FromString,
             options,
             channel_credentials,
             insecure,

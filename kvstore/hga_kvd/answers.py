@@ -1,0 +1,76 @@
+"""What the engine answers, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hga_kvd.geometry import Geometry
+
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """statuses: u8 [keys], RecordStatus of the wire; None: all OK."""
+
+    statuses: U8 | None
+    ram_records: int
+    nvme_records: int
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    session_id: int
+    name: str
+    geometry: Geometry
+    chunk_count: int
+    durable_chunk_count: int
+    damaged_records: int
+    temporary: bool
+    token_ids: bytes = b""
+    created: bool = False
+    epoch: int = 0
+    tenant: str = ""
+    ttl_s: int = 0
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """As in StatResponse of kvd.proto."""
+
+    io_engine: str
+    sessions: int
+    ram_bytes_max: int
+    ram_bytes_used: int
+    ram_bytes_dirty: int
+    nvme_bytes_max: int
+    nvme_bytes_used: int
+    fetches: int
+    fetched_ram_records: int
+    fetched_nvme_records: int
+    fetched_ram_bytes: int
+    fetched_nvme_bytes: int
+    appended_bytes: int
+    written_bytes: int
+    flushes: int
+    damaged_records: int
+    evicted_extents: int
+    chunks: int
+    shared_chunks: int
+
+
+@dataclass(eq=False)
+class Counters:
+    fetches: int = 0
+    fetched_ram_records: int = 0
+    fetched_nvme_records: int = 0
+    fetched_ram_bytes: int = 0
+    fetched_nvme_bytes: int = 0
+    appended_bytes: int = 0
+    flushes: int = 0
+    damaged_records: int = 0
+    shared_chunks: int = 0

@@ -1,0 +1,114 @@
+"""What is asked of routing summaries: which rows a call means, what of them is in RAM, what is to be read.
+
+Called with the residency's lock held, but for the reading itself, which is the caller's: it holds the segments pinned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hga_kvd.checksum import summary_seeds
+from hga_kvd.config import Settings
+from hga_kvd.errors import InvalidRequest, KeyOutOfRange, LimitExceeded, SessionNotFound
+from hga_kvd.format import KIND_BYTES_MAX
+from hga_kvd.index import I64, NO_SEGMENT, Session
+from hga_kvd.reads import Items
+from hga_kvd.segments import Segment, SegmentLog
+from hga_kvd.summaries import SummaryTable
+
+
+def summary_bytes(settings: Settings, kind: str, chunk_count: int, payload: bytes) -> int:
+    """Bytes a chunk. Raises: InvalidRequest, LimitExceeded."""
+    if not 1 <= len(kind.encode()) <= KIND_BYTES_MAX:
+        raise InvalidRequest(f"a summary kind of {len(kind.encode())} bytes; it must have 1 to {KIND_BYTES_MAX}")
+    size, rest = divmod(len(payload), max(1, chunk_count))
+    if chunk_count < 1 or rest or not size:
+        raise InvalidRequest(f"{len(payload)} bytes are not the same number of bytes for each of {chunk_count} chunks")
+    if size > settings.summary_bytes_max:
+        raise LimitExceeded(f"a summary of {size} bytes a chunk; at most {settings.summary_bytes_max} are allowed")
+    return size
+
+
+def rows_to_put(settings: Settings, session: Session, kind: str, first_chunk: int, chunk_count: int, size: int) -> I64:
+    """Chunk rows that get a summary of `size` bytes. Raises: KeyOutOfRange, InvalidRequest, LimitExceeded."""
+    end, summaries = first_chunk + chunk_count, session.table.summaries
+    if end > session.chunk_count:
+        raise KeyOutOfRange(
+            f"summaries of chunks up to {end - 1}; session {session.session_id} has {session.chunk_count} chunks: "
+            "append them first"
+        )
+    all_rows = session.all_rows()
+    sizes = summaries.bytes[summaries.find(all_rows, kind)]
+    other = sizes[(sizes != 0) & (sizes != size)]
+    if len(other):
+        raise InvalidRequest(
+            f"summaries of kind {kind!r} have {other[0]} bytes a chunk in this session, not {size}: use another kind"
+        )
+    rows = all_rows[first_chunk:end]
+    lost = np.flatnonzero(rows == 0)
+    if len(lost):
+        raise InvalidRequest(f"chunk {first_chunk + int(lost[0])} is damaged and cannot have summaries: append it anew")
+    if summaries.kind_count(rows[summaries.find(rows, kind) == 0]) >= settings.summary_kinds_max:
+        raise LimitExceeded(f"a chunk may have summaries of {settings.summary_kinds_max} kinds")
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Recall:
+    """result holds what RAM has of the summaries of chunk_count chunks; items: what is to be read into it."""
+
+    chunk_count: int
+    result: npt.NDArray[np.uint8]
+    items: Items
+    segments: tuple[Segment, ...]  # pinned
+    table: SummaryTable
+    rows: I64  # of the items
+    places: I64
+
+    def is_current(self) -> bool:
+        """Whether what was to be read is still what counts."""
+        return bool((_places(self.table, self.rows) == self.places).all())
+
+
+def plan(
+    session: Session, log: SegmentLog | None, kind: str, first_chunk: int, chunk_count: int, bytes_max: int
+) -> Recall:
+    """Raises: SessionNotFound for a chunk that has none, InvalidRequest, LimitExceeded."""
+    if chunk_count < 1:
+        raise InvalidRequest("summaries of no chunks")
+    table = session.table.summaries
+    chunk_rows = session.all_rows()[first_chunk : first_chunk + chunk_count]
+    rows = table.find(chunk_rows, kind)
+    size = int(table.bytes[rows[0]]) if len(rows) else 0
+    count = min(chunk_count, bytes_max // max(1, size))
+    if not count:
+        raise LimitExceeded(f"a summary of {size} bytes does not fit in an answer of {bytes_max} bytes")
+    missing = np.flatnonzero(rows[:count] == 0)
+    if len(missing) or len(rows) < count:
+        chunk = first_chunk + (int(missing[0]) if len(missing) else len(rows))
+        raise SessionNotFound(f"chunk {chunk} of session {session.session_id} has no summary of kind {kind!r}: put it")
+    # Sessions that were forked from one may have given a kind other sizes: only equal ones go into one answer.
+    count = int(np.argmax(np.append(table.bytes[rows[:count]] != size, True)))
+    result = np.zeros(count * size, np.uint8)
+    absent = []
+    for i, row in enumerate(rows[:count].tolist()):
+        held = table.in_ram.get(row)
+        if held is None:
+            absent.append(i)
+        else:
+            result[i * size : (i + 1) * size] = np.frombuffer(held, np.uint8)
+    positions = np.array(absent, np.int64)
+    positions = positions[np.lexsort((table.offset[rows[positions]], table.segment[rows[positions]]))]
+    wanted = rows[positions]
+    segments, handles = log.pin(table.segment[wanted]) if log and len(wanted) else ((), np.zeros(0, np.int64))
+    assert (table.segment[wanted] != NO_SEGMENT).all()
+    seeds = summary_seeds(session.table.uid[chunk_rows[positions]], kind)
+    items = Items(size, handles, table.offset[wanted], positions, seeds, table.checksum[wanted])
+    return Recall(count, result, items, segments, table, wanted, _places(table, wanted))
+
+
+def _places(table: SummaryTable, rows: I64) -> I64:
+    return np.stack((table.segment[rows], table.offset[rows]))
