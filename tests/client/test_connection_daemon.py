@@ -272,3 +272,48 @@ def test_a_client_waits_for_its_daemon(daemon):
         running.start()
         session.flush()
         assert session.tokens == 300
+
+
+@pytest.mark.parametrize("transport", ["auto", "bytes"])
+def test_forks_truncations_and_prefixes(daemon, transport):
+    """Stored once and shared, rolled back for good; stale calls are refused by every transport."""
+    running = daemon()
+    tokens = np.arange(12 * 64, dtype="<u4").tobytes()
+    sent, other = payload(12, WIDE), payload(2, WIDE)[::-1].copy()
+    with connected(running.target, transport=transport) as connection:
+        session = connection.open("a", WIDE, tenant="t").session_id
+        connection.append(session, 0, 12, sent, tokens)
+        opened = connection.open("b", WIDE, tenant="t", token_ids=tokens[: 8 * 256] + b"\xff" * 512)
+        assert (opened.chunk_count, opened.epoch) == (8, 0)
+        fork = connection.fork(session, 5, "c")
+        connection.append(fork.session_id, 5, 2, other)
+        assert connection.truncate(session, 3) == 1
+        for stale in (
+            lambda: connection.fetch(session, all_keys(1, WIDE)),
+            lambda: connection.append(session, 3, 1, sent[: WIDE.chunk_bytes]),
+            lambda: connection.truncate(session, 1),
+            lambda: connection.fork(session),
+            lambda: connection.put_summaries(session, "k", 0, 1, b"x"),
+            lambda: connection.get_summaries(session, "k", 0, 1),
+        ):
+            with pytest.raises(errors.StaleEpoch, match="in epoch 1 now"):
+                stale()
+        assert connection.stat().chunks == 10
+        for session_id in (session, opened.session_id, fork.session_id):
+            connection.flush(session_id)
+    running.kill()
+    running.start()
+    with connected(running.target, transport=transport) as connection:
+        size = WIDE.chunk_bytes
+        for name, expected in (
+            ("a", sent[: 3 * size]),
+            ("b", sent[: 8 * size]),
+            ("c", np.concatenate((sent[: 5 * size], other))),
+        ):
+            found = connection.open(name, None, tenant="t")
+            count = len(expected) // size
+            assert (found.chunk_count, found.epoch) == (count, int(name == "a"))
+            keys = all_keys(count, WIDE)
+            records = connection.fetch(found.session_id, keys, epoch=found.epoch).records
+            assert (records.reshape(-1) == expected).all()
+        assert connection.stat().chunks == 10
