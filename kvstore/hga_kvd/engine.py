@@ -591,7 +591,7 @@ class Engine:
                 rows = recall.rows_to_put(self._settings, session, kind, first_chunk, chunk_count, size)
                 held = self._residency.summary_bytes
                 if not held or held + len(payload) <= self._summary_bytes_max:
-                    session.table.summaries.put(rows, kind, payload)
+                    recall.put(session, rows, kind, payload)
                     if self._writeout is not None:
                         self._writeout.mark_dirty(session)
                     return

@@ -14,7 +14,7 @@ from hga_kvd.checksum import summary_seeds
 from hga_kvd.config import Settings
 from hga_kvd.errors import InvalidRequest, KeyOutOfRange, LimitExceeded, SessionNotFound
 from hga_kvd.format import KIND_BYTES_MAX
-from hga_kvd.index import I64, NO_SEGMENT, Session
+from hga_kvd.index import I64, LOST_ROW, NO_SEGMENT, Session
 from hga_kvd.reads import Items
 from hga_kvd.segments import Segment, SegmentLog
 from hga_kvd.summaries import SummaryTable
@@ -48,12 +48,19 @@ def rows_to_put(settings: Settings, session: Session, kind: str, first_chunk: in
             f"summaries of kind {kind!r} have {other[0]} bytes a chunk in this session, not {size}: use another kind"
         )
     rows = all_rows[first_chunk:end]
-    lost = np.flatnonzero(rows == 0)
-    if len(lost):
-        raise InvalidRequest(f"chunk {first_chunk + int(lost[0])} is damaged and cannot have summaries: append it anew")
     if summaries.kind_count(rows[summaries.find(rows, kind) == 0]) >= settings.summary_kinds_max:
         raise LimitExceeded(f"a chunk may have summaries of {settings.summary_kinds_max} kinds")
     return rows
+
+
+def put(session: Session, rows: I64, kind: str, payload: bytes) -> None:
+    """Stores equal parts of `payload`; those of lost chunks, whose records are damaged, go with them."""
+    size = len(payload) // len(rows)
+    kept = np.flatnonzero(rows != LOST_ROW).tolist()
+    if len(kept) < len(rows):
+        payload = b"".join(payload[i * size : (i + 1) * size] for i in kept)
+    if kept:
+        session.table.summaries.put(rows[kept], kind, payload)
 
 
 @dataclass(frozen=True, eq=False)

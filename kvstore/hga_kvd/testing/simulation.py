@@ -23,6 +23,7 @@ from hga_kvd.format import (
     BadBytes,
     ChunkFrame,
     Frame,
+    SummaryFrame,
     check_frame,
     decode_frame_header,
     decode_manifest,
@@ -156,9 +157,9 @@ def _parts(frame: Frame, content: bytes) -> list[tuple[int, int, int]]:
         for at in range(header.body_offset, header.body_offset + count * frame.chunk_stride, frame.chunk_stride):
             extents = [content[at + i * frame.stride :][:size] for i in range(layers)]
             parts.append((at, at + frame.chunk_stride, checksum(b"".join(extents))))
-    else:
+    elif isinstance(frame, SummaryFrame):
         size = frame.bytes_per_chunk
-        for at in range(header.body_offset, header.body_offset + header.chunk_count * size, size):
+        for at in range(header.body_offset, header.body_offset + header.body_bytes, frame.stride):
             parts.append((at, at + size, checksum(content[at : at + size])))
     return parts
 

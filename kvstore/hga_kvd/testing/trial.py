@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hga_kvd.answers import EngineStats, Fetched, SessionInfo
 from hga_kvd.checksum import checksum
-from hga_kvd.engine import EngineStats, Fetched, SessionInfo
 from hga_kvd.errors import LimitExceeded, SessionNotFound, StorageFull, WriteFailed
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 from hga_kvd.testing.workload import records_of
