@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 
 from hga_kvd import errors
-from hga_kvd.engine import EngineStats, Fetched, SessionInfo
+from hga_kvd.answers import EngineStats, Fetched, SessionInfo
 from hga_kvd.geometry import Geometry, Keys
 from hga_kvd.refusals import ERROR_KEY
 from hga_kvd.testing.trial import Gone
