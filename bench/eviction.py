@@ -3,7 +3,8 @@
 What the engine does is done here too: the arena's unit is an extent (chunk x layer), records in it become valid one by
 one as they are read, appends come in valid, a call first touches what it found and then makes room for what it did not.
 The GPU bank in front (LRU, per KV head) takes most repeats away, so the daemon sees the rest: both views are measured.
-Belady's optimum knows the future of every extent, and may refuse to keep one that comes back later than all others.
+Belady's optimum knows the future of every extent, and may refuse to keep one that comes back later than all others. It is
+the optimum for extents; counted in records, a policy that keeps an extent longer may pass it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ What was evicted is remembered for a while, so that an extent that keeps coming 
 Decode steps of many sessions in turns ask for more than the arena holds, over and over: a queue then forgets every extent
 just before it is asked for again. Measured on routed traces against S3-FIFO, LRU, SIEVE and Belady's optimum: ADR 0012.
 
-A hit costs one vectorised update. An eviction takes the next of a ranked batch, which costs 0.3 ms a 1,024.
+A hit costs one vectorised update. An eviction takes the next of a ranked batch, which costs 0.15 ms a 1,024.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Bools = npt.NDArray[np.bool_]
 # Asks of records, in multiples of the slots. From 8 to 64 hit rates differ by under 2 points but for bursts at a small
 # arena, where 8 is better (ADR 0012).
 HALF_LIFE_SLOTS = 8
-# Ranking 32 K slots takes 0.3 ms, with the residency's lock held; larger arenas are ranked a window at a time.
+# Ranking 32 K slots takes 0.15 ms, with the residency's lock held; larger arenas are ranked a window at a time.
 WINDOW_SLOTS = 1 << 15
 RANKED_SHARE = 32  # one in so many of a window is ranked as next to go
 NOT_HERE = np.inf  # worth of a slot that may not be evicted; adding a use to it changes nothing
