@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 TEXT ?=
 
-.PHONY: demo test lint types unit proto setup apt
+.PHONY: demo test lint types unit proto setup apt peers
 
 apt:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
@@ -42,3 +42,12 @@ unit: setup
 
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/hga_kvd_proto/v1/kvd.proto
+
+# hga-kvd beside other stores, each from a package of its own in a venv of its own: lmcache and nixl-cu12 want CUDA
+# packages that their storage does not use, so they come without.
+PEERS_VENV := build/peers-venv
+peers: | apt
+	@test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
+	@$(PEERS_VENV)/bin/pip install -q $(TORCH) -e . -r bench/peers/requirements.txt
+	@$(PEERS_VENV)/bin/pip install -q --no-deps lmcache nixl-cu12
+	$(PEERS_VENV)/bin/python bench/against_peers.py
