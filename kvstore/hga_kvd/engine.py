@@ -22,7 +22,7 @@ import numpy.typing as npt
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from hga_kvd import chains, misses, recall, sessions
+from hga_kvd import chains, hits, misses, recall, sessions
 from hga_kvd.answers import Counters, EngineStats, Fetched, SessionInfo
 from hga_kvd.appended import Appended
 from hga_kvd.arena import VALID, copy_records
@@ -434,6 +434,13 @@ class Engine:
             assert len(destination) == count * slots.record_bytes
             if not count:
                 return Fetched(None, 0, 0)
+            if (
+                count <= hits.FEW_KEYS
+                and len(destination) <= hits.FEW_BYTES
+                and hits.copy_few(session, pool, self._residency.memory, keys, destination)
+            ):
+                self._count_hits(count, len(destination))
+                return Fetched(None, count, 0)
             try:  # numpy checks every index anyway; only a refusal looks for the one to blame
                 rows, layers, records = locate(session, keys)
                 slot_of = pool.table.slot[rows, layers]
@@ -441,9 +448,9 @@ class Engine:
             except IndexError:
                 raise out_of_range(session, keys) from None
             all_hit = np.count_nonzero(hit) == count
-            hits = slot_of if all_hit else slot_of[hit]
-            slots.pin(hits)
-            pool.policy.touch(hits)
+            found = slot_of if all_hit else slot_of[hit]
+            slots.pin(found)
+            pool.policy.touch(found)
             missing = None
             if not all_hit:
                 assert self._writeout is not None
@@ -452,26 +459,29 @@ class Engine:
         bad = keep = None
         try:
             if missing is None:
-                slots.gather(hits, records, destination)
+                slots.gather(found, records, destination)
             else:
                 at = np.flatnonzero(hit) * slots.record_bytes
-                starts = slots.starts(hits, records[hit])
+                starts = slots.starts(found, records[hit])
                 copy_records(self._residency.memory, starts, destination.data, at, slots.record_bytes)
                 assert self._disk is not None
                 bad, keep = misses.bring(self._disk, self._readers, self._residency, pool, missing, destination)
         finally:
             with self._lock:
-                slots.unpin(hits)
+                slots.unpin(found)
                 if missing is not None:
                     misses.end(self._residency, log, pool, missing, keep)
-                counters = self._counters
-                counters.fetches += 1
-                counters.fetched_ram_records += len(hits)
-                counters.fetched_ram_bytes += len(hits) * slots.record_bytes
+                self._count_hits(len(found), len(found) * slots.record_bytes)
         if missing is None:
             return Fetched(None, count, 0)
         assert bad is not None
-        return self._judge(session, epoch, keys, missing, bad, len(hits))
+        return self._judge(session, epoch, keys, missing, bad, len(found))
+
+    def _count_hits(self, records: int, record_bytes: int) -> None:
+        counters = self._counters
+        counters.fetches += 1
+        counters.fetched_ram_records += records
+        counters.fetched_ram_bytes += record_bytes
 
     def _check_fetch_size(self, count: int, record_bytes: int) -> None:
         settings = self._settings
