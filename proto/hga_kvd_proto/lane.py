@@ -51,7 +51,7 @@ LANE_BYTES = _COMPLETIONS_AT + SLOT_COUNT * _COMPLETION_BYTES
 
 # How long a wait looks at the counter before it blocks. A fetch of a few records from RAM takes 20 to 30 us; a thread
 # that sleeps is woken in 10 to 50 us on the machines we saw.
-SPIN_S = 50e-6
+SPIN_S = 100e-6
 
 assert COMPLETION_BODY_BYTES >= FETCH_KEYS_MAX
 assert max(REQUEST.size, COMPLETION.size) <= HEADER_BYTES
