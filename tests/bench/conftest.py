@@ -1,6 +1,0 @@
-"""The scripts of bench/ are imported as they run: with bench/ on the path."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
