@@ -213,9 +213,10 @@ def test_selection_of_fewer_groups_than_the_budget_takes_them_all():
 def test_a_mask_is_listed():
     mask = normal(3, 1500, seed=4) > 2.2
     chosen = select.Chosen.empty(3, 64, torch.device(DEVICE))
-    select.gather_mask(mask, control(groups=1200), chosen)
-    expected = {(h, g) for h, g in mask[:, :1200].nonzero().tolist()}
+    select.gather_mask(mask, control(groups=1200, first=8), chosen)
+    expected = {(h, g) for h, g in mask[:, 8:1208].nonzero().tolist()}
     assert 0 < len(expected) < 3 * 64
+    expected = {(h, g - 8) for h, g in expected}
     assert opened(chosen, 1500, 3 * 64) == expected
 
 

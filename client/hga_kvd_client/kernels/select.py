@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hga_kvd_client.kernels import GROUPS
+from hga_kvd_client.kernels import FIRST_GROUP, GROUPS
 
 # Bins are the upper bits of a float32 that is not negative: 5 bits of mantissa below the exponent. The last bin ends at
 # 2^5, more than 16 query heads can pool; whatever is below 2^-27 falls in the first.
@@ -60,7 +60,7 @@ def _log_sum(lse, rows, head, RATIO: tl.constexpr, ROWS: tl.constexpr, MOST: tl.
     each = tl.arange(0, ROWS)
     row = tl.arange(0, BLOCK)
     largest = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    total = tl.where(each < RATIO, 0.0, 1.0)
     for first in range(0, MOST, BLOCK):
         place = (first + row)[:, None] * heads + head * RATIO + each[None, :]
         inside = (first + row < rows)[:, None] & (each < RATIO)[None, :]
@@ -157,14 +157,25 @@ def _gather(
 
 
 @triton.jit
-def _gather_mask(mask, control, groups, counts, capacity, most, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
+def _gather_mask(
+    mask,
+    control,
+    groups,
+    counts,
+    capacity,
+    most,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FIRST_GROUP: tl.constexpr,
+):
     head = tl.program_id(1)
     start = tl.program_id(0) * BLOCK
     count = tl.load(control + GROUPS).to(tl.int32)
     if start >= count:
         return
     group = start + tl.arange(0, BLOCK)
-    taken = (tl.load(mask + head * capacity + group, mask=group < count, other=0) != 0).to(tl.int32)
+    place = head * capacity + tl.load(control + FIRST_GROUP).to(tl.int32) + group
+    taken = (tl.load(mask + place, mask=group < count, other=0) != 0).to(tl.int32)
     number = tl.sum(taken, 0)
     if number > 0:
         place = tl.atomic_add(counts + head, number) + tl.cumsum(taken, 0) - 1
@@ -206,14 +217,17 @@ def gather(mass: Tensor, control: Tensor, budget: int, chosen: Chosen) -> None:
 
 
 def gather_mask(mask: Tensor, control: Tensor, chosen: Chosen) -> None:
-    """The groups that a mask, bool [kv_heads, capacity], opens: at most chosen.groups.shape[1] a KV head."""
+    """The groups that a mask opens, from control[FIRST_GROUP] on: at most chosen.groups.shape[1] a KV head.
+
+    mask: bool [kv_heads, groups], group 0 of the session first.
+    """
     kv_heads, capacity = mask.shape
     assert mask.dtype == torch.bool
     assert mask.is_contiguous()
     block = 1024
     _gather_mask[(triton.cdiv(capacity, block), kv_heads)](
         mask.view(torch.uint8), control, chosen.groups, chosen.counts, capacity, chosen.groups.shape[1],
-        BLOCK=block, GROUPS=GROUPS,
+        BLOCK=block, GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP,
     )  # fmt: skip
 
 
@@ -240,7 +254,8 @@ def gather_twin(mass: Tensor, control: Tensor, budget: int, chosen: Chosen) -> N
 
 
 def gather_mask_twin(mask: Tensor, control: Tensor, chosen: Chosen) -> None:
-    _listed(mask[:, : int(control[GROUPS])], chosen)
+    first = int(control[FIRST_GROUP])
+    _listed(mask[:, first : first + int(control[GROUPS])], chosen)
 
 
 def _listed(mask: Tensor, chosen: Chosen) -> None:

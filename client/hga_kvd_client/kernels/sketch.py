@@ -19,6 +19,9 @@ from hga_kvd_client.sketch import SketchSpec
 
 # Groups of one program: 64 are 16 chunks, 256 programs a layer at 64 K tokens and 4 KV heads.
 BLOCK_GROUPS = 64
+WARPS = 4
+# A product of Triton's has at least this many columns here; those beyond the query heads are masked.
+ROWS_MIN = 16
 GROUP_TOKENS = 16  # what the packing of codes into words is written for
 
 
@@ -192,11 +195,11 @@ def log_mass(
     assert lse.shape == (triton.cdiv(capacity, BLOCK_GROUPS), kv_heads * ratio)
     _log_mass[(lse.shape[0], kv_heads)](
         z, centre, records, records.view(torch.int32), control, out, lse, capacity, records.stride(0),
-        RATIO=ratio, ROWS=max(16, triton.next_power_of_2(ratio)), DIM=dim, BLOCK_D=_block(dim),
+        RATIO=ratio, ROWS=max(ROWS_MIN, triton.next_power_of_2(ratio)), DIM=dim, BLOCK_D=_block(dim),
         DIMS4=spec.dims4, BLOCK_4=_block(spec.dims4), DIMS2=spec.dims2, BLOCK_2=_block(spec.dims2),
         PER_CHUNK=spec.groups_per_chunk, PER_BLOCK=spec.groups_per_chunk // spec.blocks, GROUP_BYTES=spec.group_bytes,
         MEAN=spec.mean_offset, STEPS=spec.step_offset, CHUNK_BYTES=spec.chunk_bytes, BLOCK=BLOCK_GROUPS,
-        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP,
+        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP, num_warps=WARPS,
     )  # fmt: skip
 
 
