@@ -1,7 +1,9 @@
 """The decode step of one token on the device: route, bank and attention of a layer, without a synchronisation but one.
 
-    keys = step.route(layer, q, scale)      # everything up to the misses, which the host now knows
-    step.land(layer, records)               # only if there are misses: their bytes to the bank, and attention to them
+    step.begin(...)                # once a token
+    step.start(layer, q)           # queued: route, bank, attention to what is resident
+    keys = step.misses(layer)      # the one synchronisation
+    step.land(layer, records)      # only if there are misses: their bytes to the bank, and attention to them
     out = step.result()
 
 What always holds:
@@ -18,13 +20,14 @@ Shared by the layers: buffers of the parts and lists. Per layer: the bank (recor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -102,13 +105,14 @@ class _Replayed:
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self._seen: tuple[float, ...] = ()
+        self._seen = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def run(self, work: Callable[[], None], places: tuple[float, ...]) -> None:
-        if places != self._seen:
+    def run(self, work: Callable[[], None], version: int) -> None:
+        """version: another one, never 0, when the tensors that `work` uses have moved."""
+        if version != self._seen:
             # The first run compiles what is not compiled yet, which a capture must not.
-            self._seen, self._graph = places, None
+            self._seen, self._graph = version, None
             work()
             return
         if self._graph is None:
@@ -174,6 +178,7 @@ class DecodeStep:
 
         pinned = self._on_gpu
         self._control_host = torch.zeros(CONTROL_SIZE, dtype=torch.int64, pin_memory=pinned)
+        self._control_numbers = self._control_host.numpy()
         self._control = self._control_host.to(device) if self._on_gpu else self._control_host
         words = bank.MAILBOX_KEYS + kv_heads * most
         self._mail = torch.zeros(layers, words, dtype=torch.int64, pin_memory=pinned)
@@ -188,47 +193,70 @@ class DecodeStep:
         self._side = cuda.Stream() if self._on_gpu else None
         self._reading = False
         self._step = 0
+        self._window, self._scale = empty(0), 0.0
+        self._states: Sequence[State] = ()
+        self._places: list[float] = []
+        self._version = 0
 
-    def begin(self, window_tokens: int, first_group: int, groups: int) -> None:
-        """Before the first layer of a token: what the layers of this step see. groups: how many may be opened."""
+    def begin(
+        self,
+        window: Tensor,
+        states: Sequence[State],
+        scale: float,
+        window_tokens: int,
+        first_group: int,
+        groups: int,
+    ) -> None:
+        """Before the first layer of a token: what the layers of this step see.
+
+        window: [layers, K and V, kv_heads, capacity, head_dim], the first window_tokens of it. states: one a layer.
+        groups: how many may be opened, from first_group on.
+        """
+        self._window, self._states, self._scale = window, states, scale
+        self._reserve(states[0])
+        places = [scale, window.shape[3], window.data_ptr(), self._log_mass.data_ptr(), self._mask.data_ptr()]
+        places += [t.data_ptr() for state in states for t in state.tensors()]
+        if places != self._places:
+            self._places, self._version = places, self._version + 1
         self._step += 1
-        numbers = self._control_host
+        numbers = self._control_numbers
         numbers[WINDOW_TOKENS], numbers[FIRST_GROUP], numbers[GROUPS], numbers[STEP] = (
             window_tokens, first_group, groups, self._step,
         )  # fmt: skip
         if self._on_gpu:
-            self._control.copy_(numbers, non_blocking=True)
+            self._control.copy_(self._control_host, non_blocking=True)
 
-    def route(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, state: State) -> Keys:
-        """Opens groups for one token and attends to what is resident. Returns the keys of the misses, [misses].
-
-        q: [kv_heads, ratio, head_dim]; k, v: the window, [kv_heads, capacity, head_dim]. The keys are valid until the
-        layer's next step.
-        """
+    def start(self, layer: int, q: Tensor) -> None:
+        """Queues one layer's route and its attention to what is resident. q: [kv_heads, ratio, head_dim]."""
         self._q.copy_(q)
-        self._reserve(state)
-        work = partial(self._route, layer, k, v, scale, state)
+        work = partial(self._route, layer)
         if self._on_gpu:
-            tensors = (k, v, *state.tensors(), self._log_mass, self._mask)
-            self._routes[layer].run(work, (*(t.data_ptr() for t in tensors), k.shape[1], scale))
-            self._wait(layer)
-            self._reading = False
+            self._routes[layer].run(work, self._version)
         else:
             work()
+
+    def misses(self, layer: int) -> Keys:
+        """Keys of what the layer opened and the bank did not hold, [misses]; valid until the layer's next step.
+
+        Returns when the device has posted them.
+        """
         mail = self._mail_host[layer]
+        if self._on_gpu:
+            self._wait(mail)
+            self._reading = False
         keys: Keys = mail[bank.MAILBOX_KEYS : bank.MAILBOX_KEYS + int(mail[bank.MAIL_MISSES])].view(KEY_DTYPE)
         return keys
 
-    def land(self, layer: int, records: Bytes, scale: float) -> None:
-        """Takes what was fetched for the keys that `route` returned: uint8 [misses, record_bytes], in their order.
+    def land(self, layer: int, records: Bytes) -> None:
+        """Takes what was fetched for the keys that `misses` returned: uint8 [misses, record_bytes], in their order.
 
-        Read in place if it lies in the registered landing: it must stay until `settle` or the next `route` returns.
+        Read in place if it lies in the registered landing: it must stay until `settle` or the next `misses` returns.
         """
         source, offset = self._placed(records)
         self._mail_host[layer, bank.MAIL_OFFSET] = offset
-        work = partial(self._land, layer, source, scale)
+        work = partial(self._land, layer, source)
         if self._on_gpu:
-            self._lands[layer].run(work, (source.data_ptr(), scale))
+            self._lands[layer].run(work, self._version if source is self._landing else -self._version)
             self._reading = True
         else:
             work()
@@ -265,6 +293,7 @@ class DecodeStep:
             torch.cuda.synchronize()
             _unregister(self._landing)
         self._landing = torch.from_numpy(landing).view(torch.int64)
+        self._places = []  # graphs that read the old one are made again
         if not _register(self._landing):
             self._landing = None
 
@@ -278,8 +307,9 @@ class DecodeStep:
 
     # The two halves.
 
-    def _route(self, layer: int, k: Tensor, v: Tensor, scale: float, state: State) -> None:
+    def _route(self, layer: int) -> None:
         calls, lists, tables = self._calls, self._lists, self._tables[layer]
+        (k, v), scale, state = self._window[layer], self._scale, self._states[layer]
         near, held = slice(0, self._near), slice(self._near, self._early)
         with self._beside():
             calls.window_parts(self._q, k, v, self._control, scale, PART_KEYS, self._out[near], self._lse[near])
@@ -310,8 +340,8 @@ class DecodeStep:
         self._join()
         self._calls.gather_mask(self._mask, self._control, self._chosen)
 
-    def _land(self, layer: int, source: Tensor, scale: float) -> None:
-        calls, lists, late = self._calls, self._lists, slice(self._early, None)
+    def _land(self, layer: int, source: Tensor) -> None:
+        calls, lists, late, scale = self._calls, self._lists, slice(self._early, None), self._scale
         calls.land(source, self._mail[layer], lists, self.records[layer])
         calls.paged_parts(
             self._q, self.records[layer], lists.late, lists.late_counts, scale, self._part_slots, self._out[late],
@@ -335,9 +365,9 @@ class DecodeStep:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
-    def _wait(self, layer: int) -> None:
-        """Returns when the device has posted this layer's misses."""
-        mail, step = self._mail_host[layer], self._step
+    def _wait(self, mail: npt.NDArray[np.int64]) -> None:
+        """Returns when the device has posted a layer's misses."""
+        step = self._step
         give_up_at = time.monotonic() + ROUTE_MAX_S
         while True:
             for _ in range(1000):

@@ -82,10 +82,11 @@ def run(router: str, calls, steps: int, slots: int, budget: int = 12, registered
         window_tokens = 150 + token
         end += token % 4 == 3
         stored.drift()
-        step.begin(window_tokens, SINKS * 4, (end - SINKS) * 4)
+        step.begin(stored.window, stored.states, SCALE, window_tokens, SINKS * 4, (end - SINKS) * 4)
         for layer in range(GEOMETRY.layers):
             k, v = stored.window[layer]
-            keys = step.route(layer, stored.q[layer].to(DEVICE), k, v, SCALE, stored.states[layer])
+            step.start(layer, stored.q[layer].to(DEVICE))
+            keys = step.misses(layer)
             mask = stored.mask(layer, window_tokens, SINKS, end)
             opened = {(h, g + SINKS * 4) for h, g in mask.nonzero().tolist()}
             groups, counts = step.opened(layer)
@@ -96,7 +97,7 @@ def run(router: str, calls, steps: int, slots: int, budget: int = 12, registered
             assert not missing & last[layer], "what was opened a step ago is in the bank"
             last[layer], misses, total = opened, misses + len(missing), total + len(opened)
             if len(keys):
-                step.land(layer, stored.fetch(keys, landing), SCALE)
+                step.land(layer, stored.fetch(keys, landing))
             width = int(mask.sum(1).max())
             padded, valid = torch.zeros(KV_HEADS, width, 2, 16, DIM), torch.zeros(KV_HEADS, width, dtype=torch.bool)
             for head in range(KV_HEADS):
@@ -126,8 +127,9 @@ def test_a_fetch_that_failed_leaves_nothing_that_could_be_attended():
     step = DecodeStep(GEOMETRY, RATIO, 16, 12, WINDOW, torch.float32, DEVICE)
     wanted = []
     for _ in range(3):
-        step.begin(150, SINKS * 4, 100)
-        wanted.append(step.route(0, stored.q[0].to(DEVICE), *stored.window[0], SCALE, stored.states[0]).copy())
+        step.begin(stored.window, stored.states, SCALE, 150, SINKS * 4, 100)
+        step.start(0, stored.q[0].to(DEVICE))
+        wanted.append(step.misses(0).copy())
         step.abandon(0)
     assert len(wanted[0]) == 12
     assert all(np.array_equal(np.sort(w), np.sort(wanted[0])) for w in wanted)

@@ -143,35 +143,38 @@ def _place(
         own += tl.sum(mine.to(tl.int32), 0)
     tl.debug_barrier()
 
-    # What is held, and where.
+    # What is held, and where. Lists are put in order by counting what comes before, all at once.
     entry = tl.arange(0, MOST)
     valid = entry < own
     group = tl.load(chosen + head * most + entry, mask=valid, other=0x7FFFFFFF - first_group) + first_group
-    group = tl.sort(group)
     slot = tl.arange(0, SLOTS)
     real = slot < slots
     holds = tl.load(groups + head * slots + slot, mask=real, other=-1)
     used = tl.load(used_at + head * slots + slot, mask=real, other=0x7FFFFFFF)
     same = (holds[None, :] == group[:, None]) & valid[:, None]
     at = tl.max(tl.where(same, slot[None, :], -1), 1)
-    hit = at >= 0
-    used = tl.where(tl.max(same.to(tl.int32), 0) > 0, step, used)
-
-    # The slots opened longest ago go to the misses, in order.
-    age = used.to(tl.int64) * SLOTS + slot
-    rank = tl.sum((age[None, :] < age[:, None]).to(tl.int32), 1)
     miss = valid & (at < 0)
-    number = tl.cumsum(miss.to(tl.int32), 0) - 1
+    again = tl.load(chosen + head * most + entry, mask=valid, other=0x7FFFFFFF - first_group) + first_group
+    before = again[None, :] < group[:, None]
+    order = tl.sum(before.to(tl.int32), 1)
+    held_order = tl.sum((before & (at >= 0)[None, :]).to(tl.int32), 1)
+    number = order - held_order
     misses = tl.sum(miss.to(tl.int32), 0)
-    given = (rank[None, :] == number[:, None]) & miss[:, None]
+
+    # The slots opened longest ago go to the misses, in order. Ages beyond 2^22 steps are as good as never.
+    age = tl.where(tl.max(same.to(tl.int32), 0) > 0, 0, tl.minimum(step - used, 1 << 22))
+    age = tl.where(real, age * SLOTS + (SLOTS - 1 - slot), -1)
+    older = tl.where(real, age, -1)
+    rank = tl.sum((older[None, :] > age[:, None]).to(tl.int32), 1)
+    given = (rank[None, :] == number[:, None]) & miss[:, None] & real[None, :]
     fresh = tl.max(tl.where(given, slot[None, :], -1), 1)
     holds_now = tl.max(tl.where(given, group[:, None], -1), 0)
     tl.store(groups + head * slots + slot, tl.where(rank < misses, holds_now, holds), mask=real)
-    tl.store(used_at + head * slots + slot, tl.where(rank < misses, step, used), mask=real)
+    tl.store(used_at + head * slots + slot, step, mask=real & ((rank < misses) | (age < SLOTS)))
 
-    tl.store(opened + head * most + entry, group, mask=valid)
+    tl.store(opened + head * most + order, group, mask=valid)
     tl.store(opened_counts + head, own)
-    tl.store(held + head * most + tl.cumsum(hit.to(tl.int32), 0) - 1, at, mask=hit)
+    tl.store(held + head * most + held_order, at, mask=at >= 0)
     tl.store(held_counts + head, own - misses)
     tl.store(late + head * most + number, fresh, mask=miss)
     tl.store(late_counts + head, misses)

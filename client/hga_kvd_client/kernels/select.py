@@ -22,8 +22,8 @@ from hga_kvd_client.kernels import FIRST_GROUP, GROUPS
 BINS = 1024
 BIN_SHIFT = tl.constexpr(18)
 BIN_FIRST = tl.constexpr((127 + 5) * 32 - 1024)
-TIES_MAX = 256
-POOL_GROUPS = 1024  # groups of one program
+TIES_MAX = 128
+POOL_GROUPS = 256  # groups of one program
 
 
 @dataclass(frozen=True)
@@ -87,30 +87,27 @@ def _pool(
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     BINS: tl.constexpr,
-    PROGRAM: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     head = tl.program_id(1)
-    start = tl.program_id(0) * PROGRAM
+    start = tl.program_id(0) * BLOCK
     count = tl.load(control + GROUPS).to(tl.int32)
     if start >= count:
         return
     near, near_total = _log_sum(window_lse, window_rows, head, RATIO, ROWS, NEAR_ROWS, 16)
-    far, far_total = _log_sum(group_lse, group_rows, head, RATIO, ROWS, FAR_ROWS, 64)
+    far, far_total = _log_sum(group_lse, group_rows, head, RATIO, ROWS, FAR_ROWS, 128)
     higher = tl.maximum(near, far)
     everything = higher + tl.log(near_total * tl.exp(near - higher) + far_total * tl.exp(far - higher))
     each = tl.arange(0, ROWS)
-    found = tl.zeros((BINS,), tl.int32)
-    for first in range(0, PROGRAM, BLOCK):
-        group = start + first + tl.arange(0, BLOCK)
-        inside = group < count
-        place = (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :]
-        seen = inside[:, None] & (each < RATIO)[None, :]
-        share = tl.exp(tl.load(log_mass + place, mask=seen, other=float("-inf")) - everything[None, :])
-        pooled = tl.sum(tl.where(seen, share, 0.0), 1)
-        tl.store(mass + head * capacity + group, pooled, mask=inside)
-        found += tl.histogram(_bin(pooled), BINS, mask=inside)
+    group = start + tl.arange(0, BLOCK)
+    inside = group < count
+    place = (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :]
+    seen = inside[:, None] & (each < RATIO)[None, :]
+    share = tl.exp(tl.load(log_mass + place, mask=seen, other=float("-inf")) - everything[None, :])
+    pooled = tl.sum(tl.where(seen, share, 0.0), 1)
+    tl.store(mass + head * capacity + group, pooled, mask=inside)
+    found = tl.histogram(_bin(pooled), BINS, mask=inside)
     tl.atomic_add(bins + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed")
 
 
@@ -200,7 +197,7 @@ def pool(
     _pool[(triton.cdiv(capacity, POOL_GROUPS), kv_heads)](
         log_mass, window_lse, group_lse, control, mass, chosen.bins, capacity, window_lse.shape[0], group_lse.shape[0],
         NEAR_ROWS=triton.next_power_of_2(window_lse.shape[0]), FAR_ROWS=triton.next_power_of_2(group_lse.shape[0]),
-        RATIO=ratio, ROWS=triton.next_power_of_2(ratio), BINS=BINS, PROGRAM=POOL_GROUPS, BLOCK=256, GROUPS=GROUPS,
+        RATIO=ratio, ROWS=triton.next_power_of_2(ratio), BINS=BINS, BLOCK=POOL_GROUPS, GROUPS=GROUPS,
     )  # fmt: skip
 
 

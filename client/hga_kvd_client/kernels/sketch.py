@@ -20,8 +20,8 @@ from hga_kvd_client.sketch import SketchSpec
 # Groups of one program: 64 are 16 chunks, 256 programs a layer at 64 K tokens and 4 KV heads.
 BLOCK_GROUPS = 64
 WARPS = 4
-# A product of Triton's has at least this many columns here; those beyond the query heads are masked.
-ROWS_MIN = 16
+# A product has 8 columns at least; those beyond the query heads are masked.
+ROWS_MIN = 8
 GROUP_TOKENS = 16  # what the packing of codes into words is written for
 
 
@@ -40,9 +40,30 @@ def _project(q, to_z, z, scale, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
-def _codes(words, shift: tl.constexpr, step, middle, MASK: tl.constexpr):
-    """Coordinates of one token: (code - middle of the codes) * step, less the mean."""
-    return ((words >> shift) & MASK).to(tl.float16) * step - middle
+def _codes(words, shift: tl.constexpr, MASK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Codes of two tokens, as float16: those in bits `shift` and `shift` + 16 of every word.
+
+    Ored into the bits of 1024, a code is the float16 1024 + code; two words make two pairs, 11 instructions a four.
+    """
+    if INTERPRETED:
+        early, late = ((words >> shift) & MASK).to(tl.float16), ((words >> (shift + 16)) & MASK).to(tl.float16)
+    else:
+        early, late = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, one;
+            mov.b32 one, 0x64006400;
+            shr.u32 a, $2, $4;
+            shr.u32 b, $3, $4;
+            lop3.b32 a, a, $6, one, 0xEA;
+            lop3.b32 b, b, $6, one, 0xEA;
+            sub.rn.f16x2 a, a, one;
+            sub.rn.f16x2 b, b, one;
+            prmt.b32 $0, a, b, 0x5410;
+            prmt.b32 $1, a, b, 0x7632;
+            }""",
+            "=r,=r,r,r,r,r,r,r", [words, shift, MASK * 65537], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return early, late
 
 
 @triton.jit
@@ -73,6 +94,7 @@ def _log_mass(
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     FIRST_GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     block, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
@@ -119,35 +141,40 @@ def _log_mass(
         dim4 = tl.arange(0, BLOCK_4)
         mask = inside[:, None] & (dim4 < DIMS4)[None, :]
         step4 = _fp8(tl.load(steps + dim4[None, :], mask=mask, other=0).to(tl.int32))
-        middle4 = step4 * 7.5
         pair = tl.arange(0, 2 * BLOCK_4)
         packed = tl.load(codes + pair[None, :], mask=inside[:, None] & (pair < 2 * DIMS4)[None, :], other=0)
         early, late = tl.split(tl.reshape(packed, (BLOCK, BLOCK_4, 2)))
         mask = (dim4 < DIMS4)[:, None] & live[None, :]
         query4 = (tl.load(query + dim4[:, None], mask=mask, other=0.0) * 1.4426950408889634).to(tl.float16)
+        shared = tl.dot(step4 * -7.5, query4, shared)  # codes count from 0; their values are around the mean
     if DIMS2 > 0:
         dim2 = tl.arange(0, BLOCK_2)
         mask = inside[:, None] & (dim2 < DIMS2)[None, :]
         step2 = _fp8(tl.load(steps + DIMS4 + dim2[None, :], mask=mask, other=0).to(tl.int32))
-        middle2 = step2 * 1.5
         packed2 = tl.load(codes + 2 * DIMS4 + dim2[None, :], mask=mask, other=0)
         mask = (dim2 < DIMS2)[:, None] & live[None, :]
         query2 = (tl.load(query + DIMS4 + dim2[:, None], mask=mask, other=0.0) * 1.4426950408889634).to(tl.float16)
+        shared = tl.dot(step2 * -1.5, query2, shared)
 
     largest = tl.full((BLOCK, ROWS), -1e30, tl.float32)
     total = tl.zeros((BLOCK, ROWS), tl.float32)
-    for token in tl.static_range(16):
-        score = shared
-        if DIMS4 > 0:
-            if token % 8 < 4:
-                score = tl.dot(_codes(early, 8 * (token % 4) + 4 * (token // 8), step4, middle4, 15), query4, score)
-            else:
-                score = tl.dot(_codes(late, 8 * (token % 4) + 4 * (token // 8), step4, middle4, 15), query4, score)
-        if DIMS2 > 0:
-            score = tl.dot(_codes(packed2, 8 * (token % 4) + 2 * (token // 4), step2, middle2, 3), query2, score)
-        higher = tl.maximum(largest, score)
-        total = total * tl.exp2(largest - higher) + tl.exp2(score - higher)
-        largest = higher
+    # Tokens t = low + 4 quarter and t + 2: a word has them 16 bits apart.
+    for quarter in tl.static_range(4):
+        for low in tl.static_range(2):
+            first_score = shared
+            second_score = shared
+            if DIMS4 > 0:
+                nibbles = early if quarter % 2 == 0 else late
+                first4, second4 = _codes(nibbles, 8 * low + 4 * (quarter // 2), 15, INTERPRETED)
+                first_score = tl.dot(first4 * step4, query4, first_score)
+                second_score = tl.dot(second4 * step4, query4, second_score)
+            if DIMS2 > 0:
+                first2, second2 = _codes(packed2, 8 * low + 2 * quarter, 3, INTERPRETED)
+                first_score = tl.dot(first2 * step2, query2, first_score)
+                second_score = tl.dot(second2 * step2, query2, second_score)
+            higher = tl.maximum(largest, tl.maximum(first_score, second_score))
+            total = total * tl.exp2(largest - higher) + tl.exp2(first_score - higher) + tl.exp2(second_score - higher)
+            largest = higher
     result = (largest + tl.log2(total)) * 0.6931471805599453
     seen = inside[:, None] & live[None, :]
     tl.store(out + (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :], result, mask=seen)
@@ -199,7 +226,7 @@ def log_mass(
         DIMS4=spec.dims4, BLOCK_4=_block(spec.dims4), DIMS2=spec.dims2, BLOCK_2=_block(spec.dims2),
         PER_CHUNK=spec.groups_per_chunk, PER_BLOCK=spec.groups_per_chunk // spec.blocks, GROUP_BYTES=spec.group_bytes,
         MEAN=spec.mean_offset, STEPS=spec.step_offset, CHUNK_BYTES=spec.chunk_bytes, BLOCK=BLOCK_GROUPS,
-        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP, num_warps=WARPS,
+        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP, INTERPRETED=not z.is_cuda, num_warps=WARPS,
     )  # fmt: skip
 
 
