@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 TEXT ?=
 
-.PHONY: demo test lint types unit proto setup apt peers
+.PHONY: demo test lint types unit proto setup apt peers tables
 
 apt:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
@@ -51,3 +51,7 @@ peers: | apt
 	@$(PEERS_VENV)/bin/pip install -q $(TORCH) -e . -r bench/peers/requirements.txt
 	@$(PEERS_VENV)/bin/pip install -q --no-deps lmcache nixl-cu12
 	$(PEERS_VENV)/bin/python bench/against_peers.py
+
+# The tables of README.md and bench/README.md, from bench/results.
+tables: setup
+	$(BIN)/python bench/tables.py

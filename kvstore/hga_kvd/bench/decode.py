@@ -18,7 +18,7 @@ from hga_kvd.bench.daemon import Daemon
 from hga_kvd.bench.meter import Case, Sample
 from hga_kvd.bench.options import Options
 from hga_kvd.bench.probes import ALIGNMENT, RawFile, fio_gb_per_s
-from hga_kvd.bench.session import APPEND_BYTES_MAX, Stopwatch, Stored, filled_session
+from hga_kvd.bench.session import APPEND_BYTES_MAX, Stopwatch, filled_session
 from hga_kvd.bench.trace import bank_misses
 
 I64 = npt.NDArray[np.int64]
@@ -111,9 +111,3 @@ def _some(keys: Keys, count: int, chance: np.random.Generator) -> Keys:
 def _by_step(seconds: npt.NDArray[np.float64], steps: I64, block: I64) -> npt.NDArray[np.float64]:
     """Sum of each step's fetches; steps without a fetch are not in `block`."""
     return np.add.reduceat(seconds, np.searchsorted(steps, block))
-
-
-def replay(watch: Stopwatch, stored: Stored, fetches: list[Keys]) -> None:
-    """The fetches, one after the other."""
-    for keys in fetches:
-        stored.fetch(watch, keys)

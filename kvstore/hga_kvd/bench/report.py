@@ -47,6 +47,16 @@ def legend(cases: list[Case], memory_gb_per_s: float) -> list[str]:
     for name in dict.fromkeys(case.reference for case in cases if case.reference):
         of_it = dict.fromkeys(case.profile for case in cases if case.reference == name)
         lines.append(f"of ref., {', '.join(of_it)}: speed over that of {name}, in the same run")
+    for case in cases:
+        if "p99_over_alone" in case.parameters and case.parameters["p99_over_alone"] != 1:
+            lines.append(
+                f"{case.profile}, {case.case}: p99 {case.parameters['p99_over_alone']:.2f} times that of alone"
+            )
+        if "resume_s" in case.parameters:
+            lines.append(f"{case.profile}: {1e3 * statistics.median(case.parameters['resume_s']):.0f} ms in all")
+        if case.parameters.get("of_fio") and case.call == "step":
+            times = 1 / statistics.median(case.parameters["of_fio"])
+            lines.append(f"decode: a step takes {times:.2f} times what fio takes for as many reads of a record")
     by_limit: dict[str, list[dict[str, float]]] = {}
     for case in cases:
         shares = case.shares(memory_gb_per_s)

@@ -20,11 +20,20 @@ from hga_kvd.bench.daemon import BenchFailed, Daemon
 from hga_kvd.bench.decode import decode
 from hga_kvd.bench.machine import machine
 from hga_kvd.bench.meter import Case
+from hga_kvd.bench.mixed import mixed
 from hga_kvd.bench.options import Options
+from hga_kvd.bench.prefill import prefill
 from hga_kvd.bench.probes import memcpy_gb_per_s
+from hga_kvd.bench.resume import resume
 
-PROFILES: dict[str, Callable[[Daemon, Options], Iterator[str | Case]]] = {"decode": decode, "burst": burst}
-LINE_WIDTH = 110  # of the table in a file or a pipe
+PROFILES: dict[str, Callable[[Daemon, Options], Iterator[str | Case]]] = {
+    "decode": decode,
+    "burst": burst,
+    "prefill": prefill,
+    "resume": resume,
+    "mixed": mixed,
+}
+LINE_WIDTH = 120  # of the table in a file or a pipe
 
 
 def measure(

@@ -6,6 +6,7 @@ daemon does not carry it.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +69,7 @@ def bench(
         print(f"hga-kvd: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     directory = nvme or Path.cwd()
+    logging.getLogger("hga_kvd_client").setLevel(logging.ERROR)  # daemons of ours are restarted: no news
     try:
         with running_daemon(address, nvme) if address else temporary_daemon(directory) as daemon:
             measure(daemon, names, options.quick() if quick else options, directory, as_json, plots)
