@@ -39,6 +39,7 @@ class WriteOut:
         self.segments = segments
         self.dirty: OrderedDict[int, Session] = OrderedDict()  # residency's lock; oldest first
         self.named: dict[int, int] = {}  # sessions in the manifest on disk, and the epoch that it tells of
+        self.unsure = True  # a manifest was not written well: the one on disk may name what `named` does not
         self.session_ids_end = 0  # as reserved in the manifest
         self._flushing: dict[int, Session] = {}
         self._residency = residency
@@ -103,7 +104,7 @@ class WriteOut:
         """
         with self.barrier:
             try:
-                if session.session_id in self.named:
+                if session.session_id in self.named or self.unsure:
                     self.write_manifest()
                 self.collect()
             except OSError as error:
@@ -145,7 +146,7 @@ class WriteOut:
         failed = False
         while True:
             with self._lock:
-                chosen = list(self.dirty.values()) if sessions is None else sessions
+                chosen = self._all_dirty() if sessions is None else sessions
                 plan = jobs.plan(self._residency, chosen, self.segments.room(), ROUND_BYTES)
             if not plan.jobs and not plan.needed_bytes:
                 return False
@@ -165,6 +166,14 @@ class WriteOut:
                         "durable; it is still served from RAM. Check the device, then flush again"
                     ) from error
                 failed = True
+
+    def _all_dirty(self) -> list[Session]:
+        if not self.dirty and self._residency.summary_bytes:
+            # Of chunks that others still have; the session that they were put through was truncated or deleted.
+            for session in self._residency.sessions.values():
+                if session.table.summaries.has_unsaved(session.all_rows()).any():
+                    self.mark_dirty(session)
+        return list(self.dirty.values())
 
     def _write(self, chosen: list[Job]) -> None:
         segment = self.segments.open
@@ -207,7 +216,7 @@ class WriteOut:
             self._log.info("segments removed", segments=[s.segment_id for s in dead], bytes=sum(s.size for s in dead))
 
     def write_manifest(self, clean: bool = False) -> None:
-        """Names all sessions with a name, and all segments. Raises OSError; the old manifest is then still there."""
+        """Names all sessions with a name, and all segments. Raises OSError; then the old one is there, or this."""
         with self._lock:
             sessions = [s for s in self._residency.sessions.values() if not s.temporary]
             ahead = (0, 0) if clean else (SESSION_IDS_RESERVED, CHUNK_UIDS_RESERVED)
@@ -222,8 +231,10 @@ class WriteOut:
                     for s in self.segments.segments.values()
                 ),
             )
+        self.unsure = True
         self._disk.replace(MANIFEST_NAME, encode_manifest(manifest))
         with self._lock:
+            self.unsure = False
             self.named = {entry.session_id: entry.epoch for entry in manifest.sessions}
             self.session_ids_end = manifest.next_session_id
 

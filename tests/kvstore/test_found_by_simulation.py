@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
+from hga_kvd.errors import WriteFailed
 from hga_kvd.format import BLOCK_BYTES, encode_segment_header
 from hga_kvd.geometry import KEY_DTYPE
 from hga_kvd.testing.faults import Fault
@@ -108,3 +109,35 @@ def test_a_segment_that_cannot_be_removed_still_counts() -> None:
     disk.fail("remove", 1)  # ... and not gone either: it is removed before another is made
     assert engine.flush(session) == 1
     assert engine.stats().nvme_bytes_used == disk.stored_bytes("segment-") == 64 * KIB
+
+
+@pytest.mark.parametrize("what", ["delete", "truncate"])
+def test_a_manifest_that_was_written_although_the_call_failed(what: str) -> None:
+    """Renamed, then the sync of the directory failed: what it names is there, whatever the engine was told."""
+    disk = SimDisk()
+    engine = filled(disk)  # so that a segment is there, and the next manifest is written for the session
+    session = engine.open("b", SMALL, create=True).session_id
+    engine.append(session, 0, 2, CHUNKS[:2].reshape(-1), b"")
+    disk.schedule([Fault("replace", 1, "done", 0)])
+    with pytest.raises(WriteFailed):
+        engine.flush(session)
+    if what == "delete":
+        engine.delete(session)
+        assert [info.name for info in make(disk.kill()).list()] == ["a"]
+    else:
+        engine.truncate(session, 0, 1)
+        assert [(info.epoch, info.chunk_count) for info in make(disk.kill()).list()] == [(0, 5), (1, 1)]
+
+
+def test_a_summary_outlives_the_session_it_was_put_through() -> None:
+    disk = SimDisk()
+    engine = make(disk)
+    first = engine.open("a", SMALL, create=True).session_id
+    engine.append(first, 0, 1, CHUNKS[0], b"")
+    fork = engine.fork(first, 0, 0, "b").session_id
+    engine.flush(first)
+    engine.flush(fork)
+    engine.put_summaries(first, "k", 0, 1, b"new")
+    engine.truncate(first, 0, 0)
+    engine.shutdown()
+    assert make(disk.crash()).get_summaries(fork, "k", 0, 1, 100) == (1, b"new")

@@ -18,9 +18,10 @@ import grpc
 import numpy as np
 from conftest import Daemon, Daemons
 from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.testing.oracle import Gone
 from hga_kvd.testing.remote import RemoteStore
 from hga_kvd.testing.simulation import SMALL, TINY
-from hga_kvd.testing.trial import Gone, Trial
+from hga_kvd.testing.trial import Trial
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry as ClientGeometry
 

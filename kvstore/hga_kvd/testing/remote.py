@@ -19,7 +19,7 @@ from hga_kvd import errors
 from hga_kvd.answers import EngineStats, Fetched, SessionInfo
 from hga_kvd.geometry import Geometry, Keys
 from hga_kvd.refusals import ERROR_KEY
-from hga_kvd.testing.trial import Gone
+from hga_kvd.testing.oracle import Gone
 
 U8 = npt.NDArray[np.uint8]
 
@@ -31,15 +31,33 @@ class RemoteStore:
     def __init__(self, channel: grpc.Channel) -> None:
         self._stub: Any = kvd_pb2_grpc.KvdStub(channel)  # type: ignore[no-untyped-call]
 
-    def open(self, name: str, geometry: Geometry | None, create: bool) -> SessionInfo:
+    def open(
+        self, name: str, geometry: Geometry | None, create: bool, *, tenant: str = "", token_ids: bytes = b""
+    ) -> SessionInfo:
         message = None if geometry is None else geometry_message(geometry)
-        found = self._ask("Open", kvd_pb2.OpenRequest(name=name, geometry=message, create=create))
+        request = kvd_pb2.OpenRequest(name=name, geometry=message, create=create, tenant=tenant, token_ids=token_ids)
+        found = self._ask("Open", request)
         return _info(found, created=found.created)
 
-    def append(self, session_id: int, first_chunk: int, chunk_count: int, payload: U8, token_ids: bytes) -> int:
+    def fork(self, session_id: int, epoch: int, chunk_count: int, name: str) -> SessionInfo:
+        request = kvd_pb2.ForkRequest(session_id=session_id, epoch=epoch, chunk_count=chunk_count, name=name)
+        found = self._ask("Fork", request)
+        return _info(found, created=found.created)
+
+    def truncate(self, session_id: int, epoch: int, chunk_count: int) -> SessionInfo:
+        self._ask("Truncate", kvd_pb2.TruncateRequest(session_id=session_id, epoch=epoch, chunk_count=chunk_count))
+        return self.info(session_id)
+
+    def append(
+        self, session_id: int, first_chunk: int, chunk_count: int, payload: U8, token_ids: bytes, epoch: int = 0
+    ) -> int:
         def parts() -> Iterator[kvd_pb2.AppendRequest]:
             header = kvd_pb2.AppendHeader(
-                session_id=session_id, first_chunk=first_chunk, chunk_count=chunk_count, token_ids=token_ids
+                session_id=session_id,
+                first_chunk=first_chunk,
+                chunk_count=chunk_count,
+                token_ids=token_ids,
+                epoch=epoch,
             )
             yield kvd_pb2.AppendRequest(header=header)
             for start in range(0, len(payload), PART_BYTES):
@@ -47,14 +65,15 @@ class RemoteStore:
 
         return int(self._ask("Append", parts()).chunk_count)
 
-    def fetch(self, session_id: int, keys: Keys, destination: U8) -> Fetched:
+    def fetch(self, session_id: int, keys: Keys, destination: U8, epoch: int = 0) -> Fetched:
         """In as many calls as messages allow."""
         size = len(destination) // len(keys)
         step = max(1, PART_BYTES // size)
         statuses, ram, nvme = np.zeros(len(keys), np.uint8), 0, 0
         for first in range(0, len(keys), step):
             part = keys[first : first + step]
-            answer = self._ask("Fetch", kvd_pb2.FetchRequest(session_id=session_id, keys=part.tobytes()))
+            request = kvd_pb2.FetchRequest(session_id=session_id, keys=part.tobytes(), epoch=epoch)
+            answer = self._ask("Fetch", request)
             destination[first * size : (first + len(part)) * size] = np.frombuffer(answer.payload, np.uint8)
             if answer.statuses:
                 statuses[first : first + len(part)] = np.frombuffer(answer.statuses, np.uint8)
@@ -64,17 +83,24 @@ class RemoteStore:
     def flush(self, session_id: int) -> int:
         return int(self._ask("Flush", kvd_pb2.FlushRequest(session_id=session_id)).durable_chunk_count)
 
-    def put_summaries(self, session_id: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes) -> None:
+    def put_summaries(
+        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes, epoch: int = 0
+    ) -> None:
         request = kvd_pb2.PutSummariesRequest(
-            session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count, payload=payload
+            session_id=session_id,
+            kind=kind,
+            first_chunk=first_chunk,
+            chunk_count=chunk_count,
+            payload=payload,
+            epoch=epoch,
         )
         self._ask("PutSummaries", request)
 
     def get_summaries(
-        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int
+        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int, epoch: int = 0
     ) -> tuple[int, bytes]:
         request = kvd_pb2.GetSummariesRequest(
-            session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count
+            session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count, epoch=epoch
         )
         answer = self._ask("GetSummaries", request)
         return answer.chunk_count, answer.payload
@@ -132,4 +158,5 @@ def _info(message: Any, created: bool = False) -> SessionInfo:
         not message.name,
         getattr(message, "token_ids", b""),
         created,
+        message.epoch,
     )

@@ -29,6 +29,7 @@ from hga_kvd.format import (
     decode_manifest,
     decode_table,
     segment_id_of,
+    segment_name,
 )
 from hga_kvd.geometry import Geometry
 from hga_kvd.testing.faults import Fault, Life, Remains, Schedule, Severity
@@ -103,7 +104,7 @@ class Damage:
 
     def _look_at(self, segment_id: int, content: builtins.bytes, sectors: set[int]) -> None:
         frames = list(frames_of(segment_id, content))
-        vouched = self._vouched(segment_id, frames)
+        vouched = self._vouched(segment_id)
         header_hit = _overlap(sectors, 0, BLOCK_BYTES)
         tail_hit = False
         for frame in frames:
@@ -118,9 +119,11 @@ class Damage:
                 if head_hit or tail_hit or _overlap(sectors, start, stop):
                     self._digests.add(digest)
 
-    def _vouched(self, segment_id: int, frames: list[Frame]) -> int:
+    def _vouched(self, segment_id: int) -> int:
+        """Up to where the frames that are still sound, or the manifest, say that the segment was durable."""
         manifest = decode_manifest(self.disk.read_file(MANIFEST_NAME))
         used = [entry.used_bytes for entry in manifest.segments if entry.segment_id == segment_id]
+        frames = frames_of(segment_id, self.disk.get(segment_name(segment_id)))
         return max([*used, *(frame.header.durable_bytes for frame in frames)], default=0)
 
 
@@ -191,9 +194,19 @@ class Simulation:
                 self._live(life)
             # Whatever happened: one more start on a disk that does not fail.
             self._start(())
+            self._end()
         except (AssertionError, KvdError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise Violation(self.report(error)) from error
         return self.result
+
+    def _end(self) -> None:
+        """Without sessions nothing is held: no reference was lost or kept by all that happened."""
+        engine = self.trial.store
+        self.trial.delete_all()
+        stats = engine.stats()
+        assert stats.chunks == 0, f"{stats.chunks} chunks are held by no session"
+        used = self.disk.stored_bytes("segment-")
+        assert used <= self.settings.segment_bytes, f"{used} bytes are taken by no session"
 
     def report(self, error: BaseException) -> str:
         lives = "\n".join(f"  {life}" for life in self.schedule.lives)
@@ -292,6 +305,8 @@ class Simulation:
     def _check_space(self) -> None:
         taken = self.disk.stored_bytes("segment-")
         assert not self.nvme_max or taken <= self.nvme_max, f"segments take {taken} bytes of at most {self.nvme_max}"
+        expected, held = self.trial.chunk_count(), self.trial.store.stats().chunks
+        assert expected in (None, held), f"the store holds {held} chunks, sessions have {expected}"
 
 
 @cache

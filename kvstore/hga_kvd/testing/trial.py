@@ -1,9 +1,10 @@
 """One workload generator and one oracle for every ring: pure engine, simulated disk, real process.
 
-The oracle is plain dictionaries that hold the guarantee. What was flushed comes back byte-exact, or damaged where a fault
-has hit it; what was acknowledged only comes back byte-exact or is missing at the end of its session; wrong bytes never,
-and what is gone stays gone. A call that the power loss or a failed write cut short has happened or has not, nothing
-between. Everything follows from the seed.
+The oracle is plain objects that hold the guarantee (oracle.py). What was flushed comes back byte-exact, or damaged where a
+fault has hit it; what was acknowledged only comes back byte-exact or is missing at the end of its session; wrong bytes
+never, and what is gone stays gone: deleted sessions, truncated chunks, old epochs. Sessions share chunks (forks, opens
+with known tokens, appends of what another one has), and none suffers from what happens to another. A call that the power
+loss or a failed write cut short has happened or has not, nothing between. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.answers import EngineStats, Fetched, SessionInfo
+from hga_kvd.answers import SessionInfo
 from hga_kvd.checksum import checksum
-from hga_kvd.errors import LimitExceeded, SessionNotFound, StorageFull, WriteFailed
+from hga_kvd.errors import LimitExceeded, SessionNotFound, StaleEpoch, StorageFull, WriteFailed
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
+from hga_kvd.testing.oracle import Chunk, Excuses, Gone, Known, NoExcuses, Store
 from hga_kvd.testing.workload import records_of
 
 U8 = npt.NDArray[np.uint8]
@@ -29,94 +29,10 @@ SUMMARY_BYTES = 300
 SUMMARY_KINDS = ("k.v1", "sketch.v1:0f3c")
 SESSIONS_MAX = 6
 
-
-class Gone(Exception):
-    """The daemon went away before it answered: the call has happened or it has not."""
-
-
-class Store(Protocol):
-    """What a trial drives: the engine, or a client that reaches one. Refusals are the engine's errors."""
-
-    def open(self, name: str, geometry: Geometry | None, create: bool) -> SessionInfo: ...
-    def append(self, session_id: int, first_chunk: int, chunk_count: int, payload: U8, token_ids: bytes) -> int: ...
-    def fetch(self, session_id: int, keys: Keys, destination: U8) -> Fetched: ...
-    def flush(self, session_id: int) -> int: ...
-    def put_summaries(self, session_id: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes) -> None: ...
-    def get_summaries(
-        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int
-    ) -> tuple[int, bytes]: ...
-    def close(self, session_id: int) -> None: ...
-    def delete(self, session_id: int) -> None: ...
-    def list(self) -> list[SessionInfo]: ...
-    def info(self, session_id: int) -> SessionInfo: ...
-    def stats(self) -> EngineStats: ...
-
-
-class Excuses(Protocol):
-    """What faults have done to the disk, as far as the oracle has to forgive it."""
-
-    def start(self) -> bool:
-        """Faults that pass have struck the last start more than once: it may have missed anything."""
-
-    def session(self, session_id: int) -> bool:
-        """What says which chunks this session has was hit."""
-
-    def bytes(self, digest: int) -> bool:
-        """The chunk or summary with these bytes was hit, or is being read by an unlucky call."""
-
-
-class NoExcuses:
-    def start(self) -> bool:
-        return False
-
-    def session(self, session_id: int) -> bool:
-        return False
-
-    def bytes(self, digest: int) -> bool:
-        return False
-
-
-@dataclass(eq=False)
-class Chunk:
-    payload: U8  # [chunk_bytes]
-    token_ids: bytes  # empty: unknown
-
-    def __post_init__(self) -> None:
-        self.digest = checksum(self.payload.data)
-
-
-@dataclass(eq=False)
-class Known:
-    """What the oracle knows of one session."""
-
-    session_id: int
-    name: str
-    geometry: Geometry
-    chunks: list[Chunk] = field(default_factory=list)
-    durable: bool = False  # it is there after any restart
-    durable_chunks: int = 0
-    # (kind, chunk) -> bytes that may be found, newest last; the first is durable unless it is None: nothing
-    summaries: dict[tuple[str, int], list[bytes | None]] = field(default_factory=dict)
-    replaced: dict[tuple[str, int], list[bytes]] = field(default_factory=dict)  # summaries before those
-    deleting: bool = False  # a delete has begun and did not return
-    shaky: set[int] = field(default_factory=set)  # chunks that a fault may have damaged, if they are found
-    # Chunks behind the end that a start did not find, because of a fault: they may be found again until others are
-    # appended in their place.
-    ghosts: list[Chunk] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        return self.name or f"#{self.session_id}"
-
-    def flushed(self) -> None:
-        self.durable, self.durable_chunks = True, len(self.chunks)
-        for at, values in self.summaries.items():
-            self.replaced.setdefault(at, []).extend(value for value in values[:-1] if value is not None)
-            del values[:-1]
-
-
 # Every step and how often it is taken.
-STEPS = {"append": 6, "fetch": 4, "flush": 3, "put": 2, "get": 2, "open": 1, "delete": 1, "close": 1}
+STEPS = {
+    "append": 7, "fetch": 4, "flush": 4, "put": 2, "get": 2, "fork": 2, "truncate": 2, "open": 1, "delete": 1, "close": 1,
+}  # fmt: skip
 
 
 class Trial:
@@ -143,7 +59,7 @@ class Trial:
         self.trace: list[str] = []  # what was done, for the one who reads a failure
         self._geometries = geometries
         self._prefix = prefix
-        self._opening: dict[str, Geometry] = {}  # opens that got no answer
+        self._opening: dict[str, Known] = {}  # opens and forks that got no answer
         self._chance = random.Random(f"trial {seed}")
         self._steps: dict[str, Callable[[], str]] = {step: getattr(self, f"_{step}") for step in STEPS}
 
@@ -169,41 +85,104 @@ class Trial:
     def _open(self) -> str:
         if len(self.known) >= SESSIONS_MAX:
             return "nothing: there are enough"
+        source, shared = self._pick(), 0
         geometry = self._chance.choice(self._geometries)
-        name = f"{self._prefix}{self._chance.randrange(1 << 40)}" if self._chance.random() < 0.85 else ""
+        tokens = b""
+        if source is not None and source.chained() and self._chance.random() < 0.4:
+            # What another session has, and perhaps more that nobody has.
+            geometry, shared = source.geometry, self._chance.randint(1, source.chained())
+            tokens = source.tokens(shared) + self._chance.randbytes(4 * self._chance.choice((0, 3, 40)))
+        known = Known(0, self._name(), geometry, source.chunks[:shared] if source else [])
+        with self._making(known):
+            info = self.store.open(known.name, geometry, create=True, token_ids=tokens)
+        return self._made(known, info)
+
+    def _fork(self) -> str:
+        parent = self._pick()
+        if parent is None or len(self.known) >= SESSIONS_MAX:
+            return "nothing"
+        count = self._chance.randint(0, len(parent.chunks))
+        chunks = parent.chunks[: count or None]
+        shaky = {i for i in parent.shaky if i < len(chunks)}
+        known = Known(0, self._name(), parent.geometry, chunks, shaky=shaky)
+        with self._making(known):
+            info = self.store.fork(parent.session_id, parent.epoch, count, known.name)
+        return f"{parent.key} [0, {len(chunks)}) as {self._made(known, info)}"
+
+    def _name(self) -> str:
+        return f"{self._prefix}{self._chance.randrange(1 << 40)}" if self._chance.random() < 0.85 else ""
+
+    @contextmanager
+    def _making(self, known: Known) -> Iterator[None]:
         try:
-            info = self.store.open(name, geometry, create=True)
+            yield
         except Gone:
-            self._opening[name] = geometry
+            self._opening[known.name] = known
             raise
+
+    def _made(self, known: Known, info: SessionInfo) -> str:
         assert info.created
-        assert info.chunk_count == 0
+        assert info.chunk_count == len(known.chunks), f"{info.chunk_count} chunks are shared, not {len(known.chunks)}"
+        assert info.epoch == 0
         assert info.session_id not in self.session_ids, "a session id was used twice"
         self.session_ids.add(info.session_id)
-        known = Known(info.session_id, name, geometry)
+        known.session_id = info.session_id
         self.known[known.key] = known
-        return known.key
+        return f"{known.key} ({len(known.chunks)} shared)"
 
     def _append(self) -> str:
         known = self._pick()
         if known is None:
             return self._open()
-        count, geometry = self._chance.randint(1, 3), known.geometry
         first = len(known.chunks)
-        payload = np.frombuffer(self._chance.randbytes(count * geometry.chunk_bytes), np.uint8)
-        tokens = self._chance.randbytes(4 * count * geometry.chunk_tokens) if self._chance.random() < 0.8 else b""
-        each = len(tokens) // count
-        chunks = [Chunk(part, tokens[i * each : (i + 1) * each]) for i, part in enumerate(payload.reshape(count, -1))]
+        source = self._chance.choice([k for k in self.known.values() if k.geometry == known.geometry])
+        more = source.chained() - first
+        if more > 0 and not known.shaky and source.chunks[:first] == known.chunks and self._chance.random() < 0.7:
+            chunks = source.chunks[first : first + self._chance.randint(1, more)]
+        else:
+            chunks = self._new_chunks(known.geometry, self._chance.randint(1, 3))
+        payload = np.concatenate([chunk.payload for chunk in chunks])
+        tokens = b"".join(chunk.token_ids for chunk in chunks)
         try:
-            assert self.store.append(known.session_id, first, count, payload, tokens) == first + count
+            count = self.store.append(known.session_id, first, len(chunks), payload, tokens, known.epoch)
+            assert count == first + len(chunks)
         except LimitExceeded as error:
             return repr(error)
         except Gone:
             known.ghosts = chunks
             raise
         known.chunks += chunks
-        known.ghosts.clear()
-        return f"{known.key} [{first}, {first + count})"
+        known.ghosts = []
+        return f"{known.key} [{first}, {count}) {'as ' + source.key if chunks[0] in source.chunks[:count] else ''}"
+
+    def _new_chunks(self, geometry: Geometry, count: int) -> list[Chunk]:
+        tokens_known = self._chance.random() < 0.85
+        chunks = []
+        for _ in range(count):
+            tokens = self._chance.randbytes(4 * geometry.chunk_tokens) if tokens_known else b""
+            chunks.append(Chunk(np.frombuffer(self._chance.randbytes(geometry.chunk_bytes), np.uint8), tokens))
+        return chunks
+
+    def _truncate(self) -> str:
+        known = self._pick()
+        if known is None:
+            return "nothing"
+        count, before = self._chance.randint(0, len(known.chunks)), known.before()
+        undo = [*known.undo, before]
+        known.undo = undo  # until it returns
+        try:
+            info = self.store.truncate(known.session_id, known.epoch, count)
+        except BaseException:
+            known.cut(count)
+            raise
+        known.cut(count)
+        known.undo = []
+        assert (info.epoch, info.chunk_count) == (known.epoch, count)
+        try:
+            self.store.fetch(known.session_id, np.zeros(1, KEY_DTYPE), self._room(known, 1), before.epoch)
+        except StaleEpoch:
+            return f"{known.key} to {count}"
+        raise AssertionError(f"{known.key} answers requests of epoch {before.epoch}")
 
     def _fetch(self) -> str:
         known = self._pick()
@@ -233,15 +212,17 @@ class Trial:
         first = self._chance.randrange(len(known.chunks))
         count = self._chance.randint(1, len(known.chunks) - first)
         kind, payload = self._chance.choice(SUMMARY_KINDS), self._chance.randbytes(count * SUMMARY_BYTES)
+        if not known.shaky.isdisjoint(range(first, first + count)):
+            return "nothing"
+        chunks = known.chunks[first : first + count]
         # From here on, not from when it returns: it may be written out and the power lost before that.
-        for i in range(count):
-            values = known.summaries.setdefault((kind, first + i), [None])
-            values.append(payload[i * SUMMARY_BYTES : (i + 1) * SUMMARY_BYTES])
+        for i, chunk in enumerate(chunks):
+            chunk.summaries.setdefault(kind, [None]).append(payload[i * SUMMARY_BYTES : (i + 1) * SUMMARY_BYTES])
         try:
-            self.store.put_summaries(known.session_id, kind, first, count, payload)
+            self.store.put_summaries(known.session_id, kind, first, count, payload, known.epoch)
         except (StorageFull, WriteFailed):
-            for i in range(count):
-                known.summaries[kind, first + i].pop()
+            for chunk in chunks:
+                chunk.summaries[kind].pop()
             raise
         return f"{known.key} {kind} [{first}, {first + count})"
 
@@ -252,7 +233,7 @@ class Trial:
         for kind in SUMMARY_KINDS:
             chunks = range(len(known.chunks))
             for chunk in self._chance.sample(chunks, min(2, len(chunks))):
-                self._check_summary(known, kind, chunk, known.summaries.get((kind, chunk), [None])[-1:])
+                self._check_summary(known, kind, chunk, known.chunks[chunk].summaries.get(kind, [None])[-1:])
         return known.key
 
     def _delete(self) -> str:
@@ -290,12 +271,14 @@ class Trial:
 
     # --- checks ---
 
-    def check_fetch(self, known: Known, keys: Keys) -> None:
-        size = known.geometry.record_bytes
-        # A destination that is not aligned takes the other road from disk.
+    def _room(self, known: Known, count: int) -> U8:
+        """Where to fetch to. A destination that is not aligned takes the other road from disk."""
         skew = self._chance.choice((0, 0, 1, 8))
-        destination = np.zeros(len(keys) * size + skew, np.uint8)[skew:]
-        fetched = self.store.fetch(known.session_id, keys, destination)
+        return np.zeros(count * known.geometry.record_bytes + skew, np.uint8)[skew:]
+
+    def check_fetch(self, known: Known, keys: Keys) -> None:
+        size, destination = known.geometry.record_bytes, self._room(known, len(keys))
+        fetched = self.store.fetch(known.session_id, keys, destination, known.epoch)
         good = np.ones(len(keys), bool) if fetched.statuses is None else fetched.statuses == 0
         assert fetched.ram_records + fetched.nvme_records == np.count_nonzero(good)
         expected = records_of(known.geometry, np.array([chunk.payload for chunk in known.chunks]), keys)
@@ -304,6 +287,7 @@ class Trial:
         for chunk in np.unique(keys["group"][~good] // known.geometry.groups_per_chunk).tolist():
             excused = chunk in known.shaky or self.excuses.bytes(known.chunks[chunk].digest)
             assert excused, f"chunk {chunk} of {known.key} is damaged and nothing has hit it"
+            known.chunks[chunk].seen_damaged = True
 
     def check(self, known: Known) -> None:
         """Every record and every summary of the session."""
@@ -324,20 +308,33 @@ class Trial:
         for known in self.known.values():
             self.check(known)
 
-    def _check_summary(self, known: Known, kind: str, chunk: int, allowed: list[bytes | None]) -> bytes | None:
+    def chunk_count(self) -> int | None:
+        """How many chunks the store must hold, each counted once; None where faults leave that open."""
+        sessions = self.known.values()
+        if any(known.shaky or known.ghosts for known in sessions):
+            return None
+        return len({chunk for known in sessions for chunk in known.chunks})
+
+    def delete_all(self) -> None:
+        for known in list(self.known.values()):
+            with self._deleting(known):
+                self.store.delete(known.session_id)
+
+    def _check_summary(self, known: Known, kind: str, at: int, allowed: list[bytes | None]) -> bytes | None:
         found: bytes | None
+        chunk = known.chunks[at]
         try:
-            count, found = self.store.get_summaries(known.session_id, kind, chunk, 1, 1 << 20)
+            count, found = self.store.get_summaries(known.session_id, kind, at, 1, 1 << 20, known.epoch)
             assert count == 1
         except SessionNotFound:
             found = None
         if found in allowed:
             return found
-        where = f"summary {kind} of chunk {chunk} of {known.key}"
+        where = f"summary {kind} of chunk {at} of {known.key}"
         # Any older value that is allowed too may be the one that was hit: then the newer ones were never written.
-        hit = chunk in known.shaky or any(self.excuses.bytes(checksum(value)) for value in allowed if value is not None)
+        hit = at in known.shaky or any(self.excuses.bytes(checksum(value)) for value in allowed if value is not None)
         # Where the frame of a summary is lost, the one that it replaced counts (docs/format.md, "Downsides").
-        assert found is None or (hit and found in known.replaced.get((kind, chunk), [])), f"wrong bytes: {where}"
+        assert found is None or (hit and found in chunk.replaced.get(kind, [])), f"wrong bytes: {where}"
         assert hit, f"{where} is missing and nothing has hit it"
         return found
 
@@ -345,11 +342,12 @@ class Trial:
         """The daemon came back: judges what it still has, and goes on with that."""
         self.store = store
         found = {info.name: info for info in store.list() if info.name.startswith(self._prefix)}
-        for name in self._opening.keys() & found.keys():
-            self.known[name] = Known(found[name].session_id, name, self._opening[name])
-        self._opening.clear()
         back = self.deleted & set(found) - {""}
         assert not back, f"deleted sessions came back: {back}"
+        for name in self._opening.keys() & found.keys():
+            self._opening[name].session_id = found[name].session_id
+            self.known[name] = self._opening[name]
+        self._opening.clear()
         self.known.update(self.doubtful)
         self.doubtful.clear()
         for key, known in list(self.known.items()):
@@ -359,12 +357,15 @@ class Trial:
                 del self.known[key]
                 self.deleted.add(known.name)
             else:
-                known.deleting = False
-                self._judge(known, info)
+                self.known[key] = self._judge(known, info)
         assert not found, f"sessions that nobody opened: {sorted(found)}"
         self.check_all()
 
-    def _judge(self, known: Known, info: SessionInfo) -> None:
+    def _judge(self, known: Known, info: SessionInfo) -> Known:
+        versions = [version for version in (known, *known.undo) if version.epoch == info.epoch]
+        assert versions, f"{known.key} is in epoch {info.epoch}, not {known.epoch}"
+        known = versions[0]
+        known.deleting, known.undo = False, []
         assert (info.session_id, info.geometry) == (known.session_id, known.geometry), known.key
         shaken = self.excuses.start() or self.excuses.session(known.session_id)
         chunks = known.chunks + known.ghosts
@@ -372,8 +373,7 @@ class Trial:
         certain = known.durable_chunks
         while certain and (certain - 1 in hit or certain - 1 in known.shaky):
             certain -= 1
-        high = len(chunks)
-        assert certain <= info.chunk_count <= high, (
+        assert certain <= info.chunk_count <= len(chunks), (
             f"{known.key} has {info.chunk_count} chunks: {known.durable_chunks} were flushed, {len(known.chunks)} "
             f"acknowledged, and those up to {certain} were not hit"
         )
@@ -381,10 +381,10 @@ class Trial:
         known.ghosts = rest if hit or known.ghosts else []
         known.shaky = {i for i in known.shaky | hit if i < info.chunk_count}
         assert info.damaged_records == 0 or known.shaky, f"{known.key} has {info.damaged_records} damaged records"
-        for at, values in list(known.summaries.items()):
-            if at[1] >= info.chunk_count:
-                del known.summaries[at]
-            else:
-                known.summaries[at] = [self._check_summary(known, *at, values)]
-                known.replaced.setdefault(at, []).extend(value for value in values if value is not None)
+        for at, chunk in enumerate(known.chunks):
+            for kind, values in list(chunk.summaries.items()):
+                value = self._check_summary(known, kind, at, values)
+                if at not in known.shaky:
+                    chunk.settle(kind, value)
         known.durable, known.durable_chunks = True, info.durable_chunk_count
+        return known
