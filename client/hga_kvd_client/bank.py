@@ -111,6 +111,13 @@ class Bank:
         valid = torch.arange(width, device=record.device) < plan.counts[:, None]
         return k, v, valid
 
+    def forget(self, first_group: int) -> None:
+        """Drops the records of groups from first_group on: what is stored there will be something else."""
+        self._slot_of_group[:, first_group:] = -1
+        stale = self._group_of_slot >= first_group
+        self._group_of_slot[stale] = -1
+        self._used_at[:, :-1][stale] = -1
+
     def resident_bytes(self) -> int:
         return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
 

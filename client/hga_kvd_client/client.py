@@ -7,13 +7,16 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from hga_kvd_client import errors
 from hga_kvd_client.connection import Connection, SessionInfo
 from hga_kvd_client.geometry import Geometry
 from hga_kvd_client.options import Rope, SessionOptions
-from hga_kvd_client.session import Session
+from hga_kvd_client.session import Session, token_id_bytes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,12 +44,20 @@ class Client:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         create: bool = True,
+        tenant: str = "",
+        token_ids: Tensor | npt.NDArray[np.integer] | None = None,
+        ttl_s: int = 0,
+        salvage: bool = False,
     ) -> Session:
         """Opens the session of this name, or makes it; None: a temporary one. A session with chunks is resumed.
 
         geometry.rope may be left empty; it is then rope.text(). dtype: of K and V; must be geometry.dtype, which is
-        what None means. Raises: SessionNotFound (create=False), GeometryMismatch, InvalidRequest, LimitExceeded,
-        RecordsDamaged.
+        what None means.
+        token_ids: what a new session will hold: it begins with the longest prefix of them that the tenant has stored
+        under this geometry, in any session; session.tokens says how long. Only routing state and window are read.
+        tenant: sessions share stored K/V only within one. ttl_s: a new session is deleted when it was not used for so
+        long; 0: never. salvage: a session whose window is damaged is cut back to before the damage.
+        Raises: SessionNotFound (create=False), GeometryMismatch, InvalidRequest, LimitExceeded, RecordsDamaged.
         """
         if geometry.dtype not in DTYPES or dtype not in (None, DTYPES[geometry.dtype]):
             raise errors.InvalidRequest(
@@ -54,13 +65,37 @@ class Client:
             )
         if rope.rotary_dim > geometry.head_dim:
             raise errors.InvalidRequest(f"rotary_dim is {rope.rotary_dim}, more than head_dim {geometry.head_dim}")
-        opened = self.connection.open(name or "", replace(geometry, rope=geometry.rope or rope.text()), create=create)
+        opened = self.connection.open(
+            name or "",
+            replace(geometry, rope=geometry.rope or rope.text()),
+            create=create,
+            tenant=tenant,
+            token_ids=b"" if token_ids is None else token_id_bytes(token_ids),
+            ttl_s=ttl_s,
+        )
         session = Session(
-            self.connection, opened, rope, options or SessionOptions(), torch.device(device), DTYPES[geometry.dtype]
+            self.connection,
+            opened,
+            rope,
+            options or SessionOptions(),
+            torch.device(device),
+            DTYPES[geometry.dtype],
+            tenant=tenant,
+            ttl_s=ttl_s,
         )
         if opened.chunk_count:
-            session.resume()
+            try:
+                session.resume(salvage)
+            except errors.KvdError:
+                if not session.name:
+                    session.close()
+                raise
         return session
+
+    def token_ids(self, name: str, tenant: str = "") -> npt.NDArray[np.uint32]:
+        """Ids of a stored session's tokens, [tokens], or empty if some were never told. Raises: SessionNotFound."""
+        session_id = self.connection.open(name, None, create=False, tenant=tenant).session_id
+        return np.frombuffer(self.connection.info(session_id).token_ids, dtype="<u4").astype(np.uint32)
 
     def list(self) -> builtins.list[SessionInfo]:
         return self.connection.list()
@@ -69,9 +104,9 @@ class Client:
         """Counters and sizes of the daemon: the StatResponse of the proto."""
         return self.connection.stat()
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, tenant: str = "") -> None:
         """Removes a session by name. Raises: SessionNotFound."""
-        self.connection.delete(self.connection.open(name, None, create=False).session_id)
+        self.connection.delete(self.connection.open(name, None, create=False, tenant=tenant).session_id)
 
     def close(self) -> None:
         """Ends the connection; temporary sessions are gone, named ones stay. May be called twice."""

@@ -13,11 +13,15 @@ Order of one block: append(0) closes the full chunks of the blocks before it (su
 then takes the block; attend(0); append(1); attend(1); ...
 Order of one routed step in a layer: route, plan on the bank, fetch what it misses, take it, attend.
 
+Going back (`truncate`) and branching (`fork`) happen between blocks. Tokens that are not in closed chunks are taken back
+here; closed chunks are taken back in the daemon, and then the window gets back what it would hold without them.
+
 If the daemon is replaced under a named session, chunks that were not durable are appended again from the window.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +54,12 @@ SUMMARY_KIND = "hga.v1"
 RECOVERIES_MAX = 3
 
 
+def token_id_bytes(token_ids: Tensor | npt.NDArray[np.integer]) -> bytes:
+    """As the wire has them: uint32, little-endian."""
+    ids = token_ids.cpu().numpy() if isinstance(token_ids, Tensor) else token_ids
+    return ids.reshape(-1).astype("<u4").tobytes()
+
+
 class Session:
     """Made by Client.open. One caller at a time; sessions of one client take turns."""
 
@@ -61,22 +71,27 @@ class Session:
         options: SessionOptions,
         device: torch.device,
         dtype: torch.dtype,
+        tenant: str = "",
+        ttl_s: int = 0,
     ) -> None:
         geometry = opened.geometry
         self.name = opened.name
         self.geometry = geometry
         self.options = options
+        self.created = opened.created  # by this opening
+        self.tenant, self.ttl_s = tenant, ttl_s
         self.stats = SessionStats()
         self.tokens = 0
 
         self._connection = connection
         self._session_id = opened.session_id
+        self._epoch = opened.epoch
         self._generation = connection.generation
         self._durable_chunks = opened.durable_chunk_count
         self._flushes = bool(opened.name)
         self._closed = False
 
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._rope = device, dtype, rope
         self._chunks = opened.chunk_count  # closed: appended to the daemon
         self._next_layer = 0  # 0: between blocks
         self._block = 0  # tokens of the block at hand, or of the last one
@@ -108,8 +123,7 @@ class Session:
 
     def note_tokens(self, token_ids: Tensor | npt.NDArray[np.integer]) -> None:
         """Ids of the next block's tokens, [tokens]; stored with its chunks. Leaving them out once is for good."""
-        ids = token_ids.cpu().numpy() if isinstance(token_ids, Tensor) else token_ids
-        self._noted = ids.reshape(-1).astype("<u4").tobytes()
+        self._noted = token_id_bytes(token_ids)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """K and V of a block's tokens in one layer: [kv_heads, tokens, head_dim], k after RoPE; copied.
@@ -154,6 +168,7 @@ class Session:
     def drop_block(self) -> None:
         """Forgets a block that some layers have and others have not, after a model that failed in between."""
         self._next_layer = self._block = 0  # nothing can be attended before the next append
+        self._noted = b""
         if self._token_ids is not None:
             del self._token_ids[4 * self.tokens :]
 
@@ -166,6 +181,46 @@ class Session:
             first, mask = last
             everything[:, first : first + mask.shape[1]] = mask
         return everything
+
+    # Going back, and branching.
+
+    def truncate(self, tokens: int) -> None:
+        """Takes back all tokens from `tokens` on, and the block at hand: the session is as if they had never come.
+
+        Closed chunks that go leave the daemon, durably if the session is named. Raises: InvalidRequest;
+        RecordsDamaged if K/V that must come back into the window is damaged, and nothing was changed; SessionLost.
+        """
+        if not 0 <= tokens <= self.tokens:
+            raise errors.InvalidRequest(f"cannot go back to token {tokens} in a session of {self.tokens}")
+        self._checked_open()
+        self.drop_block()
+        if tokens < self._chunks * self.geometry.chunk_tokens:
+            self._roll_back(tokens)
+        self.tokens = tokens
+        if self._token_ids is not None:
+            del self._token_ids[4 * tokens :]
+
+    def fork(self, name: str | None = None) -> Session:
+        """A second session of the same tokens, which goes its own way from here; name as in Client.open.
+
+        Closed chunks are shared in the daemon; window, bank and open chunk are copied. Raises: InvalidRequest in the
+        middle of a block or if the name is taken, and what append can raise.
+        """
+        self._checked_open()
+        if self._next_layer:
+            raise errors.InvalidRequest(
+                f"fork in the middle of a block: {self._next_layer} of {self.geometry.layers} layers have it"
+            )
+        self._close_full_chunks()
+        opened = self._call(lambda: self._connection.fork(self._session_id, self._chunks, name or "", self._epoch))
+        model_side = (self._rope, self.options, self._device, self._dtype)
+        other = Session(self._connection, opened, *model_side, tenant=self.tenant, ttl_s=self.ttl_s)
+        other.tokens, other._step = self.tokens, self._step
+        other._token_ids = copy.copy(self._token_ids)
+        self._window.reserve(self.tokens, 0)
+        other._window, other._banks = copy.deepcopy((self._window, self._banks))
+        other._summaries = self._summaries.fork()
+        return other
 
     # Storage.
 
@@ -198,31 +253,49 @@ class Session:
         self._call(lambda: self._connection.delete(self._session_id))
         self._closed = True
 
+    def known_ids(self) -> npt.NDArray[np.uint32] | None:
+        """Ids of all tokens, the open chunk's included: [tokens]; None if some were never told."""
+        if self._token_ids is None:
+            return None
+        return np.frombuffer(bytes(self._token_ids[: 4 * self.tokens]), dtype="<u4").astype(np.uint32)
+
     def token_ids(self) -> npt.NDArray[np.uint32]:
         """Ids of the tokens in closed chunks, from the daemon: [tokens], or empty if some were never told."""
         info = self._call(lambda: self._connection.info(self._session_id))
         return np.frombuffer(info.token_ids, dtype="<u4").astype(np.uint32)
 
-    def resume(self) -> int:
+    def resume(self, salvage: bool = False) -> int:
         """Takes up a session that the daemon has chunks of: summaries, sinks and recent chunks come back.
 
         Called by Client.open. Returns the tokens restored, a multiple of chunk_tokens; those after them, less than a
-        chunk, must be run through the model again.
+        chunk, must be run through the model again. salvage: chunks from a damaged one on are given up.
         """
         assert self.tokens == 0
         assert self._block == 0
+        while True:
+            try:
+                return self._resume()
+            except errors.RecordsDamaged as error:
+                if not salvage:
+                    raise
+                logger.warning("session %r is cut back to before the damage: %s", self.name, error)
+                self._chunks = min(first for first, _ in error.token_ranges) // self.geometry.chunk_tokens
+                self._call(lambda: self._cut(self._chunks))
+                self._summaries.truncate(self._chunks)
+                self._durable_chunks = min(self._durable_chunks, self._chunks)
+
+    def _resume(self) -> int:
         self._restore_summaries()
         chunk_tokens = self.geometry.chunk_tokens
         sinks = min(self.options.sink_chunks, self._chunks)
         tail = max(sinks, self._chunks - self.options.recent_chunks)
+        kept = (*self._stored_layers(0, sinks), *self._stored_layers(tail, self._chunks))
         self.tokens = self._chunks * chunk_tokens
         if tail > sinks:
             self._window.skip_to(tail * chunk_tokens)
         self._window.reserve(self.tokens, 0)
-        for first, end in ((0, sinks), (tail, self._chunks)):
-            for layer in range(self.geometry.layers):
-                for start, k, v, _ in self._stored_tiles(layer, first, end):
-                    self._window.write(layer, start * chunk_tokens, k, v)
+        for layer, first, k, v in kept:
+            self._window.write(layer, first, k, v)
         ids = self._call(lambda: self._connection.info(self._session_id)).token_ids
         self._token_ids = bytearray(ids) if len(ids) == 4 * self.tokens else None
         return self.tokens
@@ -241,10 +314,13 @@ class Session:
 
     # A block.
 
-    def _checked_block(self, layer: int, k: Tensor, v: Tensor) -> int:
-        geometry = self.geometry
+    def _checked_open(self) -> None:
         if self._closed:
             raise errors.InvalidRequest("the session is closed: open it again")
+
+    def _checked_block(self, layer: int, k: Tensor, v: Tensor) -> int:
+        geometry = self.geometry
+        self._checked_open()
         if layer != self._next_layer:
             raise errors.InvalidRequest(
                 f"append to layer {layer}, but layer {self._next_layer} is next in this block; drop_block() forgets it"
@@ -393,7 +469,7 @@ class Session:
         ids = b""
         if self._token_ids is not None:
             ids = bytes(self._token_ids[4 * first * geometry.chunk_tokens : 4 * end * geometry.chunk_tokens])
-        self._connection.append(self._session_id, first, end - first, payload, ids)
+        self._connection.append(self._session_id, first, end - first, payload, ids, epoch=self._epoch)
         self._summaries.put(first, summaries)
         self.stats.append_s += time.perf_counter() - started
 
@@ -418,7 +494,9 @@ class Session:
     def _put_summaries(self, first: int, end: int) -> None:
         payload = self._summaries.packed(first, end).cpu().view(torch.uint8).numpy().tobytes()
         try:
-            self._connection.put_summaries(self._session_id, SUMMARY_KIND, first, end - first, payload)
+            self._connection.put_summaries(
+                self._session_id, SUMMARY_KIND, first, end - first, payload, epoch=self._epoch
+            )
         except errors.LimitExceeded as error:
             # They are in memory here; only a later resume has to compute them again.
             logger.warning("summaries of chunks %d to %d are not stored: %s", first, end - 1, error)
@@ -441,7 +519,51 @@ class Session:
             self._flushes = False
             logger.warning("session %r will not survive a restart of the daemon: %s", self.name, error)
 
+    # Taking closed chunks back.
+
+    def _roll_back(self, tokens: int) -> None:
+        """Cuts the daemon's session to the whole chunks of `tokens`, and makes the window what it is for so many."""
+        chunk_tokens = self.geometry.chunk_tokens
+        chunks, needed = tokens // chunk_tokens, -(-tokens // chunk_tokens)
+        tail = max(self.options.sink_chunks, chunks - self.options.recent_chunks)
+        generation = self._generation
+        try:
+            if generation != self._connection.generation:
+                self._recover(needed)
+            # Before anything changes: what had left the window, the kept tokens of a chunk that opens again included.
+            missing = self._stored_layers(tail, min(needed, self._window.tail_first // chunk_tokens))
+            self._call(lambda: self._cut(chunks))
+        except errors.KvdError:
+            self._generation = generation
+            raise
+        self._window.rewind(tail * chunk_tokens, tokens)
+        for layer, first, k, v in missing:
+            kept = min(tokens - first, k.shape[1])
+            self._window.write(layer, first, k[:, :kept], v[:, :kept])
+        self._summaries.truncate(chunks)
+        for bank in self._banks:
+            bank.forget(chunks * self.geometry.groups_per_chunk)
+        self._opened = [None] * self.geometry.layers
+        self._chunks = chunks
+        self._durable_chunks = min(self._durable_chunks, chunks)
+
+    def _cut(self, chunks: int) -> None:
+        try:
+            self._epoch = self._connection.truncate(self._session_id, chunks, self._epoch)
+        except errors.WriteFailed as error:
+            # It is done, and a flush will say again what is wrong with the device.
+            self._epoch += 1
+            logger.warning("chunks from %d on may come back when the daemon is restarted: %s", chunks, error)
+
     # Stored K/V.
+
+    def _stored_layers(self, first: int, end: int) -> list[tuple[int, int, Tensor, Tensor]]:
+        """All layers of chunks first .. end-1: (layer, first token, k, v [kv_heads, tokens, head_dim]), in tiles."""
+        return [
+            (layer, chunk * self.geometry.chunk_tokens, k, v)
+            for layer in range(self.geometry.layers)
+            for chunk, k, v, _ in self._stored_tiles(layer, first, end)
+        ]
 
     def _stored_tiles(self, layer: int, first: int, end: int) -> Iterator[tuple[int, Tensor, Tensor, Fetched]]:
         """K and V of chunks first .. end-1 in tiles: (first chunk, k, v [kv_heads, tile_tokens, head_dim], the fetch).
@@ -459,7 +581,7 @@ class Session:
 
     def _fetch(self, keys: Keys) -> Fetched:
         started = time.perf_counter()
-        answer = self._call(lambda: self._connection.fetch(self._session_id, keys))
+        answer = self._call(lambda: self._connection.fetch(self._session_id, keys, epoch=self._epoch))
         self.stats.fetch_s += time.perf_counter() - started
         self.stats.fetches += 1
         check_statuses(answer.statuses, keys, self.geometry.group_tokens)
@@ -477,7 +599,7 @@ class Session:
             try:
                 count, payload = self._call(
                     lambda first=first: self._connection.get_summaries(  # type: ignore[misc]
-                        self._session_id, SUMMARY_KIND, first, self._chunks - first
+                        self._session_id, SUMMARY_KIND, first, self._chunks - first, epoch=self._epoch
                     )
                 )
             except errors.SummariesNotFound as error:
@@ -512,17 +634,24 @@ class Session:
                     raise
         raise errors.Unavailable(f"the daemon was replaced {RECOVERIES_MAX} times during one call: look at its log")
 
-    def _recover(self) -> None:
+    def _recover(self, needed: int | None = None) -> None:
+        """needed: chunks that must be there again, if not all: the others are about to be taken back."""
         # Kept only at the end: if this is cut short, or the daemon is replaced again, the next call comes back here.
         generation = self._connection.generation
-        if not self.name:
+        end = self._chunks if needed is None else needed
+        if not self.name and (end or needed is None):
             raise errors.SessionLost("", [(0, self.tokens)])
-        opened = self._connection.open(self.name, self.geometry)
-        self._session_id = opened.session_id
+        opened = self._connection.open(self.name, self.geometry, tenant=self.tenant, ttl_s=self.ttl_s)
+        if opened.epoch != self._epoch and not opened.created and needed is None:
+            raise errors.StaleEpoch(
+                f"session {self.name!r} is at epoch {opened.epoch}, not {self._epoch}: somebody else took tokens back; "
+                "open it again"
+            )
+        self._session_id, self._epoch = opened.session_id, opened.epoch
         # Chunks may be durable whose summaries are not: no flush of ours returned since they were put.
         unsure = self._durable_chunks
         self._durable_chunks = opened.durable_chunk_count
-        lost = [c for c in range(opened.chunk_count, self._chunks) if not self._holds(c)]
+        lost = [c for c in range(opened.chunk_count, end) if not self._holds(c)]
         if lost:
             raise errors.SessionLost(self.name, token_ranges(lost, self.geometry.chunk_tokens))
         logger.warning(
@@ -531,11 +660,11 @@ class Session:
             opened.chunk_count,
             self._chunks,
         )
-        for chunk in range(opened.chunk_count, self._chunks):
+        for chunk in range(opened.chunk_count, end):
             self._append_chunks(chunk, chunk + 1)
         unsure = min(unsure, opened.chunk_count)
-        if unsure < self._chunks:
-            self._put_summaries(unsure, self._chunks)
+        if unsure < end:
+            self._put_summaries(unsure, end)
         self.stats.recoveries += 1
         self._generation = generation
 

@@ -11,6 +11,7 @@ place in the block alone, so a table of [n, rotary_dim / 2] turns serves every b
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,7 @@ class Summaries:
         device: torch.device,
     ) -> None:
         self.count = 0
+        self._shared = False
         self.chunks = torch.empty(layers, kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.groups = torch.empty(layers, kv_heads, 0, groups_per_chunk, head_dim, dtype=dtype, device=device)
 
@@ -79,6 +81,8 @@ class Summaries:
         """packed: [chunks, layers, kv_heads, 1 + groups_per_chunk, head_dim], the chunk's summary first."""
         end = first_chunk + packed.shape[0]
         assert first_chunk <= self.count, "summaries are put without a gap"
+        if self._shared:
+            self.chunks, self.groups, self._shared = self.chunks.clone(), self.groups.clone(), False
         self._reserve(end)
         values = packed.permute(1, 2, 0, 3, 4)
         self.chunks[:, :, first_chunk:end] = values[:, :, :, 0]
@@ -91,6 +95,16 @@ class Summaries:
         chosen = slice(first_chunk, end_chunk)
         values = torch.cat((self.chunks[:, :, chosen, None], self.groups[:, :, chosen]), 3)
         return values.permute(2, 0, 1, 3, 4).contiguous()
+
+    def truncate(self, count: int) -> None:
+        """Forgets those of chunks from `count` on."""
+        self.count = min(self.count, count)
+
+    def fork(self) -> Summaries:
+        """The same summaries for another session. Tensors are shared until one of the two puts more."""
+        other = copy.copy(self)
+        self._shared = other._shared = True
+        return other
 
     def resident_bytes(self) -> int:
         return self.chunks.nbytes + self.groups.nbytes

@@ -97,5 +97,23 @@ class Window:
         self._buffer[..., start : end - shift, :] = kept.clone() if shift < end - start - shift else kept
         self._gap_tokens += shift
 
+    def rewind(self, tail_first: int, tokens: int) -> None:
+        """Starts the tail earlier, at token tail_first, in a session that is cut back to `tokens`.
+
+        Tokens from there to the old start of the tail have left the window: the caller writes them again.
+        """
+        tail_first = max(tail_first, self._sink_tokens)
+        shift = self.tail_first - tail_first
+        if shift <= 0:
+            return
+        sinks, kept = self._sink_tokens, self.place(max(tokens, self.tail_first))
+        buffer = self._buffer
+        self._gap_tokens -= shift
+        shape = list(buffer.shape)
+        shape[3] = max(self.place(tokens), kept + shift, self._decode_capacity)
+        self._buffer = buffer.new_empty(shape)
+        self._buffer[..., :sinks, :] = buffer[..., :sinks, :]
+        self._buffer[..., sinks + shift : kept + shift, :] = buffer[..., sinks:kept, :]
+
     def resident_bytes(self) -> int:
         return self._buffer.nbytes

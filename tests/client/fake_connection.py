@@ -7,6 +7,19 @@ from hga_kvd_client import errors
 from hga_kvd_client.connection import Fetched, Opened, SessionInfo
 
 
+def _first_chunks(session, count):
+    summaries = {key: value for key, value in session["summaries"].items() if key[1] < count}
+    return {"chunks": session["chunks"][:count], "ids": session["ids"][:count], "summaries": summaries}
+
+
+def _common_chunks(ids, token_ids):
+    for chunk, known in enumerate(ids):
+        width = len(known)
+        if not known or token_ids[chunk * width : (chunk + 1) * width] != known:
+            return
+        yield True
+
+
 class FakeDaemon:
     """Outlives connections. `restart(keep)` forgets temporary sessions and chunks from `keep(durable)` on."""
 
@@ -24,6 +37,7 @@ class FakeDaemon:
                 continue
             session["chunks"] = session["chunks"][:count]
             session["ids"] = session["ids"][:count]
+            session["durable"] = min(session["durable"], count)
             session["summaries"] = {k: v for k, v in session["summaries"].items() if k[1] < count}
 
 
@@ -42,30 +56,62 @@ class FakeConnection:
             error, self.fail_next = self.fail_next, None
             raise error
 
-    def _session(self, session_id):
+    def _session(self, session_id, epoch=None):
         self._check()
         if session_id not in self.daemon.sessions:
             raise errors.SessionNotFound(f"no session {session_id}")
-        return self.daemon.sessions[session_id]
+        session = self.daemon.sessions[session_id]
+        if epoch is not None and epoch != session["epoch"]:
+            raise errors.StaleEpoch(f"{epoch} is not {session['epoch']}")
+        return session
 
     def notice_replacement(self):
         changed = self.daemon.starts != self.seen
         self.generation = self.seen = self.daemon.starts
         return changed
 
-    def open(self, name, geometry, create=True):
+    def open(self, name, geometry, create=True, tenant="", token_ids=b"", ttl_s=0):
         self._check()
         for session_id, session in self.daemon.sessions.items():
             if name and session["name"] == name:
-                return Opened(session_id, name, session["geometry"], len(session["chunks"]), session["durable"], False)
+                return self._opened(session_id, created=False)
         if not create:
             raise errors.SessionNotFound(f"no session {name!r}")
         session_id = self.daemon.next_id
         self.daemon.next_id += 1
+        start = {"chunks": [], "ids": [], "summaries": {}}
+        for stored in self.daemon.sessions.values():
+            if (stored["geometry"], stored["tenant"]) == (geometry, tenant):
+                count = sum(_common_chunks(stored["ids"], token_ids))
+                if count > len(start["chunks"]):
+                    start = _first_chunks(stored, count)
         self.daemon.sessions[session_id] = {
-            "name": name, "geometry": geometry, "chunks": [], "ids": [], "durable": 0, "summaries": {},
+            "name": name, "geometry": geometry, "durable": 0, "epoch": 0, "tenant": tenant, "ttl_s": ttl_s, **start,
         }  # fmt: skip
-        return Opened(session_id, name, geometry, 0, 0, True)
+        return self._opened(session_id, created=True)
+
+    def _opened(self, session_id, created):
+        session = self.daemon.sessions[session_id]
+        counts = len(session["chunks"]), session["durable"]
+        return Opened(session_id, session["name"], session["geometry"], *counts, created, session["epoch"])
+
+    def fork(self, session_id, chunk_count=0, name="", epoch=0):
+        session = self._session(session_id, epoch)
+        if any(name and other["name"] == name for other in self.daemon.sessions.values()):
+            raise errors.InvalidRequest(f"there is a session {name!r}")
+        forked = self.daemon.next_id
+        self.daemon.next_id += 1
+        start = _first_chunks(session, chunk_count or len(session["chunks"]))
+        self.daemon.sessions[forked] = {**session, "name": name, "durable": 0, "epoch": 0, **start}
+        return self._opened(forked, created=True)
+
+    def truncate(self, session_id, chunk_count, epoch=0):
+        session = self._session(session_id, epoch)
+        if chunk_count > len(session["chunks"]):
+            raise errors.KeyOutOfRange(f"{chunk_count} of {len(session['chunks'])} chunks")
+        session.update(_first_chunks(session, chunk_count), epoch=epoch + 1)
+        session["durable"] = min(session["durable"], chunk_count)
+        return epoch + 1
 
     def append_bytes_max(self):
         return self._append_bytes_max
@@ -73,8 +119,8 @@ class FakeConnection:
     def append_buffer(self, size):
         return np.full(size, 0xA5, np.uint8)
 
-    def append(self, session_id, first_chunk, chunk_count, payload, token_ids=b""):
-        session = self._session(session_id)
+    def append(self, session_id, first_chunk, chunk_count, payload, token_ids=b"", epoch=0):
+        session = self._session(session_id, epoch)
         if first_chunk != len(session["chunks"]):
             raise errors.AppendOutOfOrder(f"{first_chunk} is not {len(session['chunks'])}")
         geometry = session["geometry"]
@@ -84,8 +130,8 @@ class FakeConnection:
         session["ids"] += [token_ids[i * width : (i + 1) * width] for i in range(chunk_count)]
         return len(session["chunks"])
 
-    def fetch(self, session_id, keys):
-        session = self._session(session_id)
+    def fetch(self, session_id, keys, epoch=0):
+        session = self._session(session_id, epoch)
         geometry = session["geometry"]
         self.fetched_keys.append(keys.copy())
         records = np.empty((len(keys), geometry.record_bytes), np.uint8)
@@ -105,15 +151,15 @@ class FakeConnection:
         session["durable"] = len(session["chunks"])
         return session["durable"]
 
-    def put_summaries(self, session_id, kind, first_chunk, chunk_count, payload):
-        session = self._session(session_id)
+    def put_summaries(self, session_id, kind, first_chunk, chunk_count, payload, epoch=0):
+        session = self._session(session_id, epoch)
         assert first_chunk + chunk_count <= len(session["chunks"])
         width = len(payload) // chunk_count
         for i in range(chunk_count):
             session["summaries"][kind, first_chunk + i] = payload[i * width : (i + 1) * width]
 
-    def get_summaries(self, session_id, kind, first_chunk, chunk_count):
-        summaries = self._session(session_id)["summaries"]
+    def get_summaries(self, session_id, kind, first_chunk, chunk_count, epoch=0):
+        summaries = self._session(session_id, epoch)["summaries"]
         page = []
         for chunk in range(first_chunk, first_chunk + min(chunk_count, self._page_chunks)):
             if (kind, chunk) not in summaries:
