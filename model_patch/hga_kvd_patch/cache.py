@@ -5,8 +5,11 @@ What always holds:
   lengths that the cache reports count every column that went in, padding included, while the tensors of a layer are the
   block at hand.
 - Padding stands on the left, is never appended, and its outputs are zeros that nobody may use.
-- Columns go in by blocks, through all layers, and only the patched decoder begins one (`block`). If a block fails after
-  anything was appended, the layers disagree: the cache is unusable from then on, the sessions in the daemon are not.
+- Columns go in by blocks, through all layers, and only the patched decoder begins one (`block`). A block that fails is
+  taken back, so layers never disagree. A call that fails after its first block leaves the cache unusable: nobody
+  could tell what is in it. The sessions in the daemon are not touched by that.
+- Beams and candidates: `crop` takes columns back, `reorder_cache` and its like fork the sessions that are wanted twice
+  and give up those that are not wanted.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class Block:
         self._starts = starts
         self._columns = columns
         self.layer = -1  # the last one appended
-        self.touched = False
+        self.failed: int | None = None  # the row whose session refused
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v: [batch, kv_heads, columns, head_dim]."""
@@ -43,22 +46,36 @@ class Block:
                 f"layer {layer} appends K of shape {tuple(k.shape)} after layer {self.layer}; expected layers in "
                 f"order, {len(self._sessions)} sequences and {self._columns} tokens each"
             )
-        for row, (session, start) in enumerate(zip(self._sessions, self._starts, strict=True)):
-            if start < self._columns:
+        for row, session, start in self._rows():
+            with self._blamed(row):
                 session.append(layer, k[row, :, start:], v[row, :, start:])
-                self.touched = True
         self.layer = layer
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         layer = getattr(module, "layer_idx", self.layer)
         assert layer == self.layer, f"attention of layer {layer} after K/V of layer {self.layer}"
         if len(self._sessions) == 1 and not self._starts[0]:
-            return self._sessions[0].attend(layer, query[0], scaling).unsqueeze(0)
+            with self._blamed(0):
+                return self._sessions[0].attend(layer, query[0], scaling).unsqueeze(0)
         out = torch.zeros_like(query)
-        for row, (session, start) in enumerate(zip(self._sessions, self._starts, strict=True)):
-            if start < self._columns:
+        for row, session, start in self._rows():
+            with self._blamed(row):
                 out[row, :, start:] = session.attend(layer, query[row, :, start:], scaling)
         return out
+
+    def _rows(self) -> Iterator[tuple[int, Session, int]]:
+        """Row, session and first column of the sequences that have tokens in this block."""
+        for row, (session, start) in enumerate(zip(self._sessions, self._starts, strict=True)):
+            if start < self._columns:
+                yield row, session, start
+
+    @contextmanager
+    def _blamed(self, row: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.failed = row
+            raise
 
 
 class Held:
@@ -74,7 +91,7 @@ class Held:
 class HgaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's view of the sessions. Holds no tensors."""
 
-    is_croppable = False
+    is_croppable = True
     is_sliding = False
 
     def __init__(self, held: Held, layer: int) -> None:
@@ -108,24 +125,23 @@ class HgaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        raise CacheRefused("reset the whole HgaCache, not one layer of it")
+        raise _whole("reset")
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise CacheRefused(
-                "an HgaCache cannot be cropped: the daemon does not take tokens back yet (assisted decoding needs that)"
-            )
+        raise _whole("crop")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise CacheRefused(
-            "an HgaCache cannot be reordered: the daemon does not fork sessions yet (beam search needs that)"
-        )
+        raise _whole("reorder")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise CacheRefused("an HgaCache cannot be repeated: the daemon does not fork sessions yet")
+        raise _whole("repeat")
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        raise CacheRefused("an HgaCache cannot drop sequences yet: finish the batch, or make a new cache")
+        raise _whole("select from")
+
+
+def _whole(operation: str) -> CacheRefused:
+    return CacheRefused(f"{operation} the whole HgaCache, not one layer of it: layers share their sessions")
 
 
 class HgaCache(Cache):
@@ -139,6 +155,7 @@ class HgaCache(Cache):
         super().__init__(layers=[HgaLayer(self._held, layer) for layer in range(layers)])
         self.owner = owner
         self.name = name
+        self.prompt_columns: int | None = None  # generate's prompt, if candidates may follow it in the first call
         self._retire = retire
         # The list object itself: what it holds when the cache dies is what must be closed.
         self._finalizer = weakref.finalize(self, retire, self._held.sessions)
@@ -148,18 +165,21 @@ class HgaCache(Cache):
         """One a sequence of the batch; empty before the first call."""
         return tuple(self._held.sessions)
 
-    def open(self, batch: int, open_session: Callable[[], Session]) -> None:
+    def open(self, batch: int, open_session: Callable[[int], Session]) -> None:
         """Opens the sessions at the first call. Raises: CallRefused if the batch is not the one the cache is for."""
-        if self._held.unusable:
-            raise CacheUnusable(self._held.unusable)
+        self._check_usable()
         if not self._held.sessions:
             if self.name is not None and batch != 1:
                 raise CallRefused(
                     f"session {self.name!r} holds one sequence, but the batch has {batch}: patch without a session "
                     "name, or run the sequences one by one, each with its own name"
                 )
-            for _ in range(batch):
-                self._held.sessions.append(open_session())
+            try:
+                for row in range(batch):
+                    self._held.sessions.append(open_session(row))
+            except BaseException:
+                self.reset()
+                raise
         if len(self._held.sessions) != batch:
             raise CallRefused(f"this cache holds {len(self._held.sessions)} sequences, but the batch has {batch}")
 
@@ -168,26 +188,88 @@ class HgaCache(Cache):
         self._held.columns += columns
 
     @contextmanager
-    def block(self, starts: Sequence[int], columns: int) -> Iterator[Block]:
-        """All layers of one block of columns happen inside this context."""
+    def block(self, starts: Sequence[int], columns: int, row: int | None = None) -> Iterator[Block]:
+        """All layers of one block of columns happen inside this context.
+
+        row: only this sequence gets tokens, in the place of others that it has lost; no column is counted.
+        """
         assert self._held.block is None
-        self._held.block = block = Block(self._held.sessions, starts, columns)
+        sessions = self._held.sessions if row is None else [self._held.sessions[row]]
+        before = [session.tokens for session in sessions]
+        self._held.block = block = Block(sessions, starts, columns)
         try:
             yield block
             if block.layer != len(self.layers) - 1:
                 raise CallRefused(f"only {block.layer + 1} of {len(self.layers)} layers appended their K/V")
-        except BaseException as error:
-            if block.touched:
-                self.give_up(error)
+        except BaseException:
+            # Chunks are closed before a block is taken, so its tokens are all in the open ones: no call to the daemon.
+            for session, tokens in zip(sessions, before, strict=True):
+                session.truncate(tokens)
             raise
         finally:
             self._held.block = None
-        self._held.columns += columns
+        if row is None:
+            self._held.columns += columns
 
     def give_up(self, error: BaseException) -> None:
         """After a call that put in only a part of its columns: nobody can tell which, so the cache takes no more."""
         again = f"; a new cache can take up session {self.name!r}" if self.name is not None else ""
         self._held.unusable = f"a call on this cache failed halfway ({type(error).__name__}: {error}){again}"
+
+    # What generate does with candidates and beams.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """tokens_to_remove: minus the number of columns to take back; or, as once in transformers, how many to keep."""
+        self._check_usable()
+        columns = self._held.columns
+        fewer = min(-tokens_to_remove, columns) if tokens_to_remove <= 0 else max(columns - tokens_to_remove, 0)
+        with self._all_or_unusable():
+            for session in self._held.sessions if fewer else ():
+                session.truncate(max(0, session.tokens - fewer))
+        self._held.columns -= fewer
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.rearrange(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.rearrange((indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.rearrange([row for row in range(len(self._held.sessions)) for _ in range(repeats)])
+
+    def rearrange(self, rows: Sequence[int]) -> None:
+        """Sequence i becomes what sequence rows[i] was; forks those that are wanted again, gives up those that are not.
+
+        A name stays with what it holds: if there are several sequences from now on, all of them are temporary.
+        """
+        self._check_usable()
+        sessions = self._held.sessions
+        if not sessions or list(rows) == list(range(len(sessions))):
+            return
+        kept: list[Session] = []
+        try:
+            for row in rows:
+                once_more = sessions[row] in kept or self.name is not None
+                kept.append(sessions[row].fork() if once_more else sessions[row])
+        except BaseException:
+            self._retire([session for session in kept if session not in sessions])
+            raise
+        given_up = [session for session in sessions if session not in kept]
+        sessions[:] = kept
+        self.name = None
+        self._retire(given_up)
+
+    def _check_usable(self) -> None:
+        if self._held.unusable:
+            raise CacheUnusable(self._held.unusable)
+
+    @contextmanager
+    def _all_or_unusable(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.give_up(error)
+            raise
 
     def close(self, why: str = "this HgaCache was closed") -> None:
         """Gives up the sessions: a named one stays in the daemon, a temporary one is gone. May be called twice."""

@@ -6,8 +6,9 @@ What always holds:
   `_prepare_cache_for_generation`; and the config names "hga_kvd" as its attention. No weight and no class is touched.
 - A call with an HgaCache, or one that would have made a DynamicCache, goes to the daemon. Any other call is sdpa.
 
-One call: find or make the cache; read padding and positions; open the sessions; if they hold tokens already, check that
-these are the ones the input begins with, and leave them out; run the rest block by block.
+One call: find or make the cache; read padding and positions; let sequences that are the same be computed once; open the
+sessions; if they hold tokens already, check that these are the ones the input begins with, and leave them out; run the
+rest block by block. If stored K/V turns out to be damaged or lost, compute it again from the ids, and go on.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from hga_kvd_client import Client, Geometry, Session, SessionOptions, connect
-from hga_kvd_client.errors import KvdError
+from hga_kvd_client.errors import KvdError, RecordsDamaged, SessionLost
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hga_kvd_patch.attention import NAME, STEP
-from hga_kvd_patch.cache import HgaCache
+from hga_kvd_patch.cache import Block, HgaCache
 from hga_kvd_patch.errors import (
     AlreadyPatched,
     CacheRefused,
@@ -41,32 +43,21 @@ from hga_kvd_patch.errors import (
 )
 from hga_kvd_patch.examine import DTYPES, ModelFacts, examine
 from hga_kvd_patch.fingerprint import model_fingerprint
+from hga_kvd_patch.inputs import Input, blocks, merge, pick_rows, positions, read_input, same_rows
 
 logger = logging.getLogger("hga_kvd_patch")
 
 _MARK = "_hga_kvd_patched"
 _PREPARE = "_prepare_cache_for_generation"
-_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-# Outputs of a decoder that a block gives for its own columns: [batch, columns, ...], or tuples of that.
-_PER_COLUMN = ("last_hidden_state", "hidden_states")
-
-
-@dataclass(frozen=True)
-class _Input:
-    """One call: ids [batch, columns] or embeds [batch, columns, dim].
-
-    starts: the first column of each sequence that is a token and not padding, or the number of columns.
-    """
-
-    ids: Tensor | None
-    embeds: Tensor | None
-    starts: tuple[int, ...]
-
-    @property
-    def columns(self) -> int:
-        given = self.embeds if self.ids is None else self.ids
-        assert given is not None
-        return given.shape[1]
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
+# Places of damage that one block gets over before the error is the caller's.
+_RECOMPUTES_MAX = 16
 
 
 class Patched:
@@ -87,6 +78,10 @@ class Patched:
         prefill_block: int,
         resume_steps: int,
         revision: str | None,
+        diverging: Literal["refuse", "truncate"],
+        share_prefix: bool,
+        tenant: str,
+        ttl_s: int,
     ) -> None:
         self.model, self.decoder = model, facts.decoder
         self.client, self.session = client, session
@@ -102,6 +97,7 @@ class Patched:
         self._dtype, self._device = facts.dtype, facts.device
         self._owns_client = owns_client
         self._prefill_block, self._resume_steps = prefill_block, resume_steps
+        self._diverging, self._share_prefix, self._tenant, self._ttl_s = diverging, share_prefix, tenant, ttl_s
         self._caches: weakref.WeakSet[HgaCache] = weakref.WeakSet()
         self._retired: list[Session] = []
         self._busy = False
@@ -120,15 +116,77 @@ class Patched:
         self._caches.add(cache)
         return cache
 
-    def _open(self, cache: HgaCache, batch: int) -> None:
+    def _open(self, cache: HgaCache, given: Input) -> None:
         for other in list(self._caches):
             if other is not cache and cache.name is not None and other.name == cache.name and not cache.sessions:
                 other.close(f"session {cache.name!r} was taken up by a newer cache")
         self._close_retired()
+        # The first column whose output the caller wants, at the latest: K/V of columns before it may be there already.
+        wanted = min(given.columns, cache.prompt_columns or given.columns) - 1
         cache.open(
-            batch,
-            lambda: self.client.open(cache.name, self.geometry, self.rope, self.options, self._device, self._dtype),
+            len(given.starts),
+            lambda row: self._open_session(cache.name, given.row_ids(row), max(0, wanted - given.starts[row])),
         )
+
+    def _open_session(self, name: str | None, ids: npt.NDArray[np.uint32] | None, most: int) -> Session:
+        """A session that holds at most the first `most` tokens of ids, and no others."""
+        arguments: dict[str, Any] = {"tenant": self._tenant, "ttl_s": self._ttl_s}
+        if self._share_prefix and ids is not None:
+            # One less, because a prompt's last token alone would be a decode step.
+            arguments["token_ids"] = ids[: max(0, most - 1)]
+
+        def opened(**more: Any) -> Session:
+            return self.client.open(
+                name, self.geometry, self.rope, self.options, self._device, self._dtype, **arguments, **more
+            )
+
+        try:
+            session = opened()
+        except RecordsDamaged:
+            # Cut back only a session that can be computed again: a new one, or one whose text we were given.
+            if ids is None:
+                raise
+            if name is not None:
+                stored = self.client.token_ids(name, self._tenant)
+                if len(stored) and not np.array_equal(stored[: len(ids)], ids[: len(stored)]):
+                    raise
+            session = opened(salvage=True)
+        try:
+            if session.tokens and not session.created:
+                self._reconcile(session, ids, most)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _reconcile(self, session: Session, ids: npt.NDArray[np.uint32] | None, most: int) -> None:
+        """Makes sure that a session that was taken up holds the first tokens of ids, at most `most`.
+
+        Raises: TextMismatch if tokens that are not in ids would have to go, and nobody allowed that.
+        """
+        known, stored = session.known_ids(), session.tokens
+        if known is None or len(known) != stored:
+            raise TextMismatch(
+                f"session {session.name!r} holds {stored} tokens but not their ids, so it cannot be told whether they "
+                "are the ones of the input: use another name, or delete the session"
+            )
+        assert ids is not None
+        shared = min(stored, len(ids))
+        different = (known[:shared] != ids[:shared]).nonzero()[0]
+        same = int(different[0]) if len(different) else shared
+        if same < stored and self._diverging == "refuse":
+            other = (
+                f"holds another text: token {same} is {int(known[same])} there and {int(ids[same])} in the input"
+                if same < shared
+                else f"holds {stored} tokens and the input has {len(ids)}"
+            )
+            raise TextMismatch(
+                f"session {session.name!r} {other}; use another name, delete the session, or patch with "
+                "diverging='truncate' to cut it back to what both have"
+            )
+        if same < stored:
+            logger.warning("session %r is cut back from %d tokens to the %d of the input", session.name, stored, same)
+        session.truncate(min(same, most))
 
     def _retire(self, sessions: list[Session]) -> None:
         """Takes sessions that no cache has any more. Closing one talks to the daemon, so not in the middle of a call:
@@ -189,10 +247,10 @@ class Patched:
         cache = model_kwargs.get("past_key_values")
         makes = cache is None and generation_config.use_cache is not False
         if makes or isinstance(cache, HgaCache):
-            if generation_mode not in _MODES or getattr(generation_config, "is_assistant", False):
+            if generation_mode not in _MODES:
                 raise CallRefused(
-                    f"generation mode {getattr(generation_mode, 'value', generation_mode)} forks or takes back "
-                    "tokens, which the daemon does not do yet: use greedy search or sampling, or unpatch the model"
+                    f"generation mode {getattr(generation_mode, 'value', generation_mode)} is not supported: use "
+                    "greedy search, sampling, beams, assisted decoding or prompt lookup, or unpatch the model"
                 )
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise CallRefused(
@@ -200,7 +258,12 @@ class Patched:
                     "process; a patched model keeps K/V in the daemon: leave it out, or unpatch the model"
                 )
         if makes:
-            model_kwargs["past_key_values"] = self.new_cache(self.session)
+            cache = model_kwargs["past_key_values"] = self.new_cache(self.session)
+        if isinstance(cache, HgaCache) and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            # The first call has candidates behind the prompt, and the logits of all of them are wanted.
+            mask = model_kwargs.get("attention_mask")
+            cache.prompt_columns = mask.shape[1] if isinstance(mask, Tensor) else 1
+        if makes:
             return None
         assert self._prepare is not None
         return self._prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
@@ -229,58 +292,129 @@ class Patched:
         return_dict = arguments.pop("return_dict", None)
         if arguments.get("output_attentions") or self.decoder.config.output_attentions:
             raise CallRefused("attention weights do not exist as a matrix here: leave out output_attentions")
-        given = _read_input(arguments, cache.get_seq_length())
+        given = read_input(arguments, cache.get_seq_length())
         if cache.name is not None and given.ids is None:
             raise CallRefused(f"session {cache.name!r} can only be taken up again by its token ids: give input_ids")
-        self._open(cache, len(given.starts))
         fresh = cache.get_seq_length() == 0
+        position_ids = arguments.pop("position_ids", None)
+        others = any(isinstance(value, Tensor) for value in arguments.values())
+        repeated = same_rows(given) if fresh and not cache.sessions and not others else None
+        if repeated:
+            given = given.pick(repeated[0])
+            if isinstance(position_ids, Tensor) and len(position_ids) == len(repeated[1]):
+                position_ids = position_ids[repeated[0]]
+        self._open(cache, given)
+        stored = [session.tokens if fresh else 0 for session in cache.sessions]
         tokens_before = [0 if fresh else session.tokens for session in cache.sessions]
-        positions = _positions(given, tokens_before, arguments.pop("position_ids", None), self._device)
-        stored = cache.sessions[0].tokens if fresh else 0
-        skipped = 0
-        if stored:
-            _check_text(cache, given, stored)
-            skipped = given.starts[0] + stored
-            cache.skip(skipped)
+        places = positions(given, tokens_before, position_ids, self._device)
+        fed_from = [start + held for start, held in zip(given.starts, stored, strict=True)]
+        skipped = min(fed_from) if any(stored) else 0
         left = given.columns - skipped
-        size = 1 if stored and left <= self._resume_steps else self._prefill_block
+        stepwise = any(stored) and not cache.sessions[0].created and left <= self._resume_steps
+        spans = [
+            (skipped + first, skipped + end) for first, end in blocks(left, 1 if stepwise else self._prefill_block)
+        ]
+        for row, session in enumerate(cache.sessions):
+            # A prompt's token that comes alone would be a decode step.
+            if stored[row] and session.created and any(end - fed_from[row] == 1 for _, end in spans):
+                session.truncate(session.tokens - 1)
+                fed_from[row] -= 1
+        cache.skip(skipped)
         outputs: list[Any] = []
         try:
-            for first, end in _blocks(left, size):
-                outputs.append(self._run_block(cache, given, positions, (skipped + first, skipped + end), arguments))
+            for first, end in spans:
+                starts = [min(max(column - first, 0), end - first) for column in fed_from]
+                outputs.append(self._run_block(cache, given, starts, places, (first, end), arguments))
+            merged = merge(outputs, skipped, [end if held else 0 for end, held in zip(fed_from, stored, strict=True)])
+            if repeated:
+                pick_rows(merged, repeated[1])
+                cache.rearrange(repeated[1])
         except BaseException as error:
             if outputs or skipped:
                 cache.give_up(error)
             raise
-        merged = _merge(outputs, skipped)
         merged["past_key_values"] = cache
         if not (self.decoder.config.return_dict if return_dict is None else return_dict):
             return merged.to_tuple()
         return merged
 
     def _run_block(
-        self, cache: HgaCache, given: _Input, positions: Tensor, span: tuple[int, int], arguments: dict[str, Any]
+        self,
+        cache: HgaCache,
+        given: Input,
+        starts: list[int],
+        places: Tensor,
+        span: tuple[int, int],
+        arguments: dict[str, Any],
     ) -> Any:
-        """span: first and end of the columns of this block."""
+        """starts: for each sequence its first token in the block; span: first and end of the columns of the block."""
         first, end = span
-        starts = [min(max(start - first, 0), end - first) for start in given.starts]
-        own: dict[str, Any] = {
+        own: dict[str, Any] = arguments | {"position_ids": places[:, first:end]}
+        if given.ids is not None:
+            own["input_ids"] = given.ids[:, first:end]
+        else:
+            assert given.embeds is not None
+            own["inputs_embeds"] = given.embeds[:, first:end]
+        tokens = [session.tokens for session in cache.sessions]
+        for _ in range(_RECOMPUTES_MAX):
+            if given.ids is not None:
+                for row, (session, start) in enumerate(zip(cache.sessions, starts, strict=True)):
+                    if start < end - first:
+                        session.note_tokens(given.ids[row, first + start : end])
+            block = None
+            try:
+                with cache.block(starts, end - first) as block:
+                    return self._call(cache, block, own)
+            except (RecordsDamaged, SessionLost) as error:
+                if block is None or block.failed is None:
+                    raise
+                self._compute_again(cache, block.failed, tokens[block.failed], error)
+        raise KvdError(f"stored K/V was damaged {_RECOMPUTES_MAX} times during one call: look at the daemon's device")
+
+    def _call(self, cache: HgaCache, block: Block, arguments: dict[str, Any]) -> Any:
+        """The decoder's own forward, for one block."""
+        own = {
             "attention_mask": None,  # causality and padding are the block's
-            "position_ids": positions[:, first:end],
             "past_key_values": cache,
             "use_cache": True,
             "return_dict": True,
         }
-        if given.ids is not None:
-            own["input_ids"] = given.ids[:, first:end]
-            for row, (session, start) in enumerate(zip(cache.sessions, starts, strict=True)):
-                if start < end - first:
-                    session.note_tokens(given.ids[row, first + start : end])
-        else:
-            assert given.embeds is not None
-            own["inputs_embeds"] = given.embeds[:, first:end]
-        with cache.block(starts, end - first) as block:
-            return self._forward(**(arguments | own), **{STEP: block})
+        return self._forward(**(arguments | own), **{STEP: block})
+
+    def _compute_again(self, cache: HgaCache, row: int, tokens: int, error: RecordsDamaged | SessionLost) -> None:
+        """Cuts a sequence's session back to before what is damaged or lost, and feeds its tokens again, up to `tokens`.
+
+        Raises: the error itself if the ids are not known, or if it cannot be got over.
+        """
+        session = cache.sessions[row]
+        ids = session.known_ids()
+        if ids is None:
+            raise error
+        logger.warning("K/V of tokens from %d on is computed again: %s", _first(error), error)
+        for _ in range(_RECOMPUTES_MAX):
+            try:
+                # Whole chunks: what else is damaged in this one would only be met later.
+                session.truncate(_first(error) // self.geometry.chunk_tokens * self.geometry.chunk_tokens)
+                for first, end in list(blocks(tokens - session.tokens, self._prefill_block)):
+                    self._feed(cache, row, ids, session.tokens, session.tokens + end - first)
+            except (RecordsDamaged, SessionLost) as again:
+                error = again
+            else:
+                return
+        raise error
+
+    def _feed(self, cache: HgaCache, row: int, ids: npt.NDArray[np.uint32], first: int, end: int) -> None:
+        """Runs tokens first .. end-1 of one sequence, for the sake of their K/V alone."""
+        cache.sessions[row].note_tokens(ids[first:end])
+        tokens = torch.from_numpy(ids[first:end].astype(np.int64))[None].to(self._device)
+        places = torch.arange(first, end, device=self._device)[None]
+        with cache.block([0], end - first, row) as block:
+            self._call(cache, block, {"input_ids": tokens, "position_ids": places})
+
+
+def _first(error: RecordsDamaged | SessionLost) -> int:
+    """The first token that is damaged or lost."""
+    return min(first for first, _ in error.token_ranges)
 
 
 def patch(
@@ -292,6 +426,10 @@ def patch(
     prefill_block: int = 1024,
     resume_steps: int = 64,
     revision: str | None = None,
+    diverging: Literal["refuse", "truncate"] = "refuse",
+    share_prefix: bool = False,
+    tenant: str = "",
+    ttl_s: int = 0,
     **connection_options: Any,
 ) -> Patched:
     """Makes the model keep its K/V in the daemon at target (as in hga_kvd_client.connect; a Client is used and not
@@ -301,6 +439,10 @@ def patch(
     prefill_block: longest run of tokens that goes through the layers at once. resume_steps: when a session is taken up
     and at most this many tokens are left to feed, they are fed one by one, as decoding did; more are fed in blocks.
     revision: stands for the weights in the fingerprint of sessions, instead of samples of them.
+    diverging: what becomes of a session whose tokens are not those that the input begins with: the call is refused, or
+    the session is cut back to what both have. share_prefix: a new session begins with the longest prefix of the prompt
+    that `tenant` has stored with this model, in any session, and only the rest is computed. ttl_s: the daemon deletes
+    the sessions made here when they were not used for so long; 0: never.
 
     Raises: ModelRefused, AlreadyPatched, and what connect raises.
     """
@@ -310,6 +452,8 @@ def patch(
         raise PatchError(
             f"prefill_block is {prefill_block}; it must be at least 2, because one token alone is a decode step"
         )
+    if diverging not in ("refuse", "truncate"):
+        raise PatchError(f"diverging is {diverging!r}; it must be 'refuse' or 'truncate'")
     facts = examine(model)
     client = target if target is not None and not isinstance(target, str) else connect(target, **connection_options)
     try:
@@ -323,6 +467,10 @@ def patch(
             prefill_block=prefill_block,
             resume_steps=resume_steps,
             revision=revision,
+            diverging=diverging,
+            share_prefix=share_prefix,
+            tenant=tenant,
+            ttl_s=ttl_s,
         )
         state._install()
     except BaseException:
@@ -378,101 +526,3 @@ def _refuse_gradients() -> None:
             "K/V in the daemon have no gradients: call the model under torch.no_grad() or torch.inference_mode(), or "
             "with use_cache=False"
         )
-
-
-def _read_input(arguments: dict[str, Any], columns_before: int) -> _Input:
-    """Takes ids, embeds and mask out of the arguments. Raises: CallRefused for right padding or a 4-D mask."""
-    ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
-    if (ids is None) == (embeds is None):
-        raise CallRefused("give exactly one of input_ids and inputs_embeds")
-    batch, columns = (embeds if ids is None else ids).shape[:2]
-    mask = arguments.pop("attention_mask", None)
-    if mask is None:
-        return _Input(ids, embeds, (0,) * batch)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise CallRefused("only 2-D attention masks are supported: 1 for tokens, 0 for padding on the left")
-    if mask.shape != (batch, columns_before + columns):
-        raise CallRefused(
-            f"attention_mask is {tuple(mask.shape)}; it must cover everything in the cache and the new tokens, "
-            f"{(batch, columns_before + columns)}"
-        )
-    new = mask[:, columns_before:].bool().cpu()
-    if not bool(new[:, -1].all()) or bool((new[:, 1:] < new[:, :-1]).any()):
-        raise CallRefused("attention_mask has padding after tokens: pad on the left (tokenizer.padding_side = 'left')")
-    return _Input(ids, embeds, tuple((columns - new.sum(1)).tolist()))
-
-
-def _positions(given: _Input, tokens_before: list[int], position_ids: Any, device: torch.device) -> Tensor:
-    """Positions of all columns, [batch, columns]: each sequence counts its tokens from 0. Raises: CallRefused if the
-    caller says otherwise, because keys in a session must be one unbroken run."""
-    if any(start and before for start, before in zip(given.starts, tokens_before, strict=True)):
-        raise CallRefused("attention_mask has padding between tokens; only padding before the first token is supported")
-    starts = torch.tensor(given.starts, device=device)[:, None]
-    offset = torch.arange(given.columns, device=device)[None] - starts
-    positions = (offset + torch.tensor(tokens_before, device=device)[:, None]).clamp(min=0)
-    if position_ids is None:
-        return positions
-    if position_ids.ndim != 2 or bool(((position_ids.to(device) != positions) & (offset >= 0)).any()):
-        raise CallRefused("position_ids must count the tokens of each sequence from 0 without gaps: leave them out")
-    return positions
-
-
-def _check_text(cache: HgaCache, given: _Input, stored: int) -> None:
-    """Raises: TextMismatch unless the input begins with the tokens of the session, and goes on after them."""
-    assert given.ids is not None
-    known = torch.from_numpy(cache.sessions[0].token_ids().astype("int64"))
-    if len(known) != stored:
-        cache.close()
-        raise TextMismatch(
-            f"session {cache.name!r} holds {stored} tokens but not their ids, so it cannot be told whether they are "
-            "the ones of the input: use another name, or delete the session"
-        )
-    ids = given.ids[0, given.starts[0] :].cpu()
-    shared = min(stored, len(ids))
-    different = (known[:shared] != ids[:shared]).nonzero()
-    if len(different):
-        at = int(different[0])
-        cache.close()
-        raise TextMismatch(
-            f"session {cache.name!r} holds another text: token {at} is {int(known[at])} there and {int(ids[at])} in "
-            "the input; use another name, or delete the session"
-        )
-    if len(ids) <= stored:
-        cache.close()
-        raise TextMismatch(
-            f"session {cache.name!r} holds {stored} tokens and the input has {len(ids)}: at least one new token is "
-            "needed, and "
-            "the daemon does not take tokens back yet; give a longer input, use another name, or delete the session"
-        )
-
-
-def _blocks(columns: int, size: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of runs of `size` columns; never a single one at the end, unless size is 1 or there is only one: a
-    token that comes alone is a decode step."""
-    first = 0
-    while first < columns:
-        end = columns if size > 1 and columns - first <= size + 1 else first + size
-        yield first, end
-        first = end
-
-
-def _merge(outputs: list[Any], skipped: int) -> Any:
-    """One output of all blocks. Columns whose K/V were in the session already were not computed: they are NaN."""
-    merged = outputs[0]
-    for name in list(merged):
-        parts = [output[name] for output in outputs]
-        if name in _PER_COLUMN and isinstance(parts[0], tuple):
-            merged[name] = tuple(_join(list(layer), skipped) for layer in zip(*parts, strict=True))
-        elif name in _PER_COLUMN:
-            merged[name] = _join(parts, skipped)
-        elif name != "past_key_values" and (len(outputs) > 1 or skipped):
-            raise CallRefused(f"{name} cannot be joined from blocks of tokens: leave out output_{name}")
-    return merged
-
-
-def _join(parts: list[Tensor], skipped: int) -> Tensor:
-    """parts: [batch, columns, ...]."""
-    if skipped:
-        batch, _, *rest = parts[0].shape
-        parts = [parts[0].new_full((batch, skipped, *rest), float("nan")), *parts]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]

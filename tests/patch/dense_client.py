@@ -28,6 +28,7 @@ class DenseSession:
     def __init__(self, client: DenseClient, name: str | None, geometry: Geometry, like: Tensor) -> None:
         self.client, self.name, self.geometry = client, name or "", geometry
         self.tokens = 0
+        self.created = True
         self.blocks: list[int] = []
         self.closed = False
         empty = like.new_empty(geometry.kv_heads, 0, geometry.head_dim)
@@ -41,6 +42,7 @@ class DenseSession:
             self.layers = list(stored.layers)
             self.tokens = self.layers[0][0].shape[1]
             self._ids = None if stored.ids is None else [stored.ids]
+            self.created = False
 
     def note_tokens(self, token_ids: Tensor) -> None:
         self._noted = token_ids.cpu().numpy().astype(np.uint32)
@@ -72,15 +74,31 @@ class DenseSession:
         hidden = torch.ones(tokens, k.shape[1], dtype=torch.bool, device=q.device).triu(1 + k.shape[1] - tokens)
         return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v.repeat_interleave(ratio, 0)
 
-    def token_ids(self) -> np.ndarray:
-        ids = self.client.stored[self.name].ids
-        return np.empty(0, np.uint32) if ids is None else ids
+    def known_ids(self) -> np.ndarray | None:
+        return None if self._ids is None else np.concatenate([*self._ids, np.empty(0, np.uint32)])
+
+    def truncate(self, tokens: int) -> None:
+        assert not self.closed
+        assert 0 <= tokens <= self.tokens
+        self.tokens, self._next_layer, self._noted = tokens, 0, None
+        self.layers = [(k[:, :tokens], v[:, :tokens]) for k, v in self.layers]
+        if self._ids is not None:
+            self._ids = [self.known_ids()[:tokens]]
+
+    def fork(self) -> DenseSession:
+        assert not self.closed
+        assert self._next_layer == 0
+        other = DenseSession(self.client, None, self.geometry, self.layers[0][0])
+        other.tokens, other.layers = self.tokens, list(self.layers)
+        other._ids = None if self._ids is None else list(self._ids)
+        self.client.sessions.append(other)
+        return other
 
     def close(self) -> None:
         if self.name and not self.closed:
             whole = self.tokens // CHUNK * CHUNK
             layers = [(k[:, :whole], v[:, :whole]) for k, v in self.layers]
-            ids = None if self._ids is None else np.concatenate([*self._ids, np.empty(0, np.uint32)])[:whole]
+            ids = None if self._ids is None else self.known_ids()[:whole]
             self.client.stored[self.name] = Stored(self.geometry, layers, ids)
         self.closed = True
 
@@ -104,6 +122,8 @@ class DenseClient:
         options: SessionOptions,
         device: torch.device,
         dtype: torch.dtype,
+        tenant: str = "",
+        ttl_s: int = 0,
     ) -> DenseSession:
         self.sessions.append(DenseSession(self, name, geometry, torch.empty(0, device=device, dtype=dtype)))
         return self.sessions[-1]

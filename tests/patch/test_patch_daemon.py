@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import hga_kvd_patch
+import numpy as np
 import pytest
 import tiny
 import torch
 from hga_kvd_client import SessionOptions
-from hga_kvd_client.errors import GeometryMismatch, SessionLost
+from hga_kvd_client.errors import GeometryMismatch, RecordsDamaged, SessionLost
+from hga_kvd_client.keys import record_keys
+from hga_kvd_patch.inputs import Input
 
 PROMPT = 1450
 STEPS = 64
@@ -122,15 +125,175 @@ def test_the_daemon_is_replaced_in_the_middle_of_generating(how, options, daemon
     assert torch.equal(broken, unbroken)
 
 
-def test_a_temporary_session_is_lost_with_the_daemon(daemon):
-    model, ids = tiny.make("llama"), tiny.text(PROMPT)
+def test_a_temporary_session_is_lost_with_the_daemon_and_computed_again(daemon, caplog):
+    model, ids = tiny.make("llama"), tiny.text(PROMPT + 3)
+    embeds = model.get_input_embeddings()(ids)
+    expected = model(ids, use_cache=False).logits
     here = daemon()
-    with hga_kvd_patch.patched(model, here.target, options=ALL):
-        cache = model(ids).past_key_values
+    with hga_kvd_patch.patched(model, here.target, options=ALL) as state:
+        cache = model(ids[:, :PROMPT]).past_key_values
+        blind = state.new_cache()
+        model(inputs_embeds=embeds[:, :PROMPT], past_key_values=blind)
         here.stop()
         here.start()
+        for column in range(PROMPT, PROMPT + 3):
+            step = model(ids[:, column : column + 1], past_key_values=cache).logits
+            assert (step[:, 0] - expected[:, column]).abs().max() <= CLOSE
+        assert f"lost tokens 0 to {PROMPT - 1}" in caplog.text
         with pytest.raises(SessionLost):
-            model(ids[:, :1], past_key_values=cache)
+            model(inputs_embeds=embeds[:, PROMPT:], past_key_values=blind)
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 5}], ids=["beams", "prompt lookup"])
+def test_beams_and_candidates_through_the_daemon(mode, daemon):
+    """40 tokens, so that chunks are closed by beams that part and by candidates that are taken back."""
+    model, ids = tiny.make("llama"), tiny.text(61).repeat(1, 14)[:, :830]
+    options = SessionOptions(router="all", bank_groups=8, sink_chunks=1, recent_chunks=2, flush_chunks=2)
+    expected = greedy(model, ids, 40, **mode)
+    here = daemon()
+    with hga_kvd_patch.patched(model, here.target, options=options, prefill_block=256) as state:
+        assert torch.equal(greedy(model, ids, 40, **mode), expected)
+        assert state.client.stat().sessions == 0
+
+
+# Sharing.
+
+
+def test_a_stored_prefix_is_not_computed_again_and_hardly_read(daemon):
+    model, ids = tiny.make("qwen3"), tiny.text(PROMPT)
+    other = torch.cat((ids[:, :1400], tiny.text(80, seed=7)), 1)
+    expected, options = greedy(model, other, 8), SessionOptions(sink_chunks=1, recent_chunks=2, flush_chunks=2)
+    all_groups = SessionOptions(router="all", sink_chunks=1, recent_chunks=2, flush_chunks=2)
+    here = daemon()
+    with hga_kvd_patch.patched(model, here.target, options=options, session="first"):
+        model(ids)
+    here.stop()
+    here.start()
+    with hga_kvd_patch.patched(model, here.target, options=all_groups, share_prefix=True) as state:
+        before = state.client.stat()
+        cache = state.new_cache()
+        state._open(cache, Input(other, None, (0,)))
+        after = state.client.stat()
+        session = cache.sessions[0]
+        assert session.tokens == 1344  # 21 chunks are common
+        # One sink and two recent chunks; summaries are five vectors a chunk where K and V are 128.
+        read = after.fetched_ram_bytes + after.fetched_nvme_bytes - before.fetched_ram_bytes - before.fetched_nvme_bytes
+        assert read == 3 * session.geometry.chunk_bytes
+        cache.reset()
+        found = greedy(model, other, 8, past_key_values=cache, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, expected)
+        assert cache.sessions[0].stats.prefill_tokens == other.shape[1] - 1344
+        assert state.client.stat().chunks - after.chunks <= 2
+
+
+def test_what_is_not_shared(daemon):
+    """Another checkpoint of one config, another tenant, another RoPE, another dtype: nothing of theirs is found."""
+    ids, target = tiny.text(300), daemon().target
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+
+    def found(model, **arguments):
+        with hga_kvd_patch.patched(model, target, share_prefix=True, **arguments) as state:
+            before = state.client.stat().chunks
+            cache = model(ids).past_key_values
+            cache.sessions[0].flush() if cache.name else cache.sessions[0]._close_full_chunks()
+            return ids.shape[1] - cache.sessions[0].stats.prefill_tokens, state.client.stat().chunks - before
+
+    assert found(tiny.make("llama"), session="first") == (0, 4)
+    assert found(tiny.make("llama")) == (256, 0)
+    for model in (tiny.make("llama", seed=1), tiny.make("llama", **rope), tiny.make("llama").bfloat16()):
+        assert found(model) == (0, 4)
+    assert found(tiny.make("llama"), tenant="other") == (0, 4)
+
+
+def test_rows_of_a_batch_begin_with_what_each_finds(daemon):
+    model, target = tiny.make("llama"), daemon().target
+    rows = [tiny.text(1000), tiny.text(700, seed=1), tiny.text(90, seed=2)]
+    ids = torch.zeros(3, 1000, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, 1000 - tokens.shape[1] :] = tokens
+    mask = (ids != 0).long()
+    expected = greedy(model, ids, 10, attention_mask=mask)
+    with hga_kvd_patch.patched(model, target, options=ALL) as state:
+        for name, tokens in (("a", rows[0][:, :650]), ("b", rows[1])):
+            model(tokens, past_key_values=state.new_cache(name))
+    with hga_kvd_patch.patched(model, target, options=ALL, share_prefix=True, prefill_block=100) as state:
+        cache = state.new_cache()
+        assert torch.equal(greedy(model, ids, 10, attention_mask=mask, past_key_values=cache), expected)
+        fed = [session.stats.prefill_tokens for session in cache.sessions]
+        assert fed == [1000 - 640, 700 - 640, 90]
+
+
+# Damage.
+
+
+def damage(here, places) -> None:
+    """Flips a bit of stored records in the daemon's segments, while it is stopped. places: (session, layer, group)."""
+    records = []
+    for session, layer, group in places:
+        fetched = session._fetch(record_keys(layer, np.array([0]), np.array([group]))).records
+        records.append(bytes(fetched.reshape(-1)))
+    here.stop()
+    for record in records:
+        found = 0
+        for path in here.nvme.glob("*.kvs"):
+            content = path.read_bytes()
+            at = content.find(record)
+            if at >= 0:
+                found += 1
+                with path.open("r+b") as file:
+                    file.seek(at + 100)
+                    file.write(bytes([content[at + 100] ^ 4]))
+        assert found == 1
+    here.start()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize("chunks", [[10], [10, 4], [1], [21]], ids=["far", "two", "sink", "recent"])
+def test_damage_is_computed_again_and_the_call_goes_on(chunks, shared, daemon, caplog):
+    """shared: a second session holds the same damaged chunks."""
+    model, ids = tiny.make("llama"), tiny.text(PROMPT + 24)
+    options = SessionOptions(router="all", bank_groups=8, recent_chunks=4)
+    expected = model(ids, use_cache=False).logits
+    here = daemon()
+    with hga_kvd_patch.patched(model, here.target, options=options, share_prefix=shared) as state:
+        cache = model(ids[:, :PROMPT], past_key_values=state.new_cache("doc")).past_key_values
+        session = cache.sessions[0]
+        session.flush()
+        if shared:
+            model(ids[:, :PROMPT], past_key_values=state.new_cache("other")).past_key_values.close()
+        # The last named first: it is met when the first was got over.
+        damage(here, [(session, 2 - number, chunk * 4 + 1) for number, chunk in enumerate(chunks)])
+        for column in range(PROMPT, PROMPT + 12):
+            step = model(ids[:, column : column + 1], past_key_values=cache).logits
+            assert (step[:, 0] - expected[:, column]).abs().max() <= CLOSE
+        in_window = chunks[0] in (1, 21)
+        assert ("is damaged" in caplog.text) != in_window  # what is in the window is never read
+        session.flush()
+    with hga_kvd_patch.patched(model, here.target, options=options, session="doc"):
+        out = model(ids).logits[:, -2:]
+        assert (out - expected[:, -2:]).abs().max() <= CLOSE
+        assert "is damaged" in caplog.text
+    with hga_kvd_patch.patched(model, here.target, options=options, session="doc"):
+        caplog.clear()
+        out = model(ids).logits[:, -2:]
+        assert (out - expected[:, -2:]).abs().max() <= CLOSE
+        assert "is damaged" not in caplog.text
+
+
+def test_damage_without_token_ids_is_an_error_that_names_it(daemon):
+    model, ids = tiny.make("llama"), tiny.text(PROMPT)
+    embeds = model.get_input_embeddings()(ids)
+    here = daemon()
+    with hga_kvd_patch.patched(model, here.target, options=ALL) as state:
+        held = state.client.open("held", state.geometry, state.rope, ALL)
+        cache = state.new_cache()
+        cache.open(1, lambda row: held)
+        model(inputs_embeds=embeds, past_key_values=cache)
+        held.flush()
+        damage(here, [(held, 1, 30)])
+        with pytest.raises(RecordsDamaged, match="layer 1, KV heads 0, tokens 480 to 495") as caught:
+            model(inputs_embeds=embeds[:, :1], past_key_values=cache)
+        assert (caught.value.layer, caught.value.token_ranges) == (1, ((480, 496),))
 
 
 CONTINUE = """

@@ -11,7 +11,7 @@ import tiny
 import torch
 from dense_client import DenseClient
 from hga_kvd_client.errors import Unavailable
-from hga_kvd_patch import AlreadyPatched, CacheRefused, CallRefused, ModelRefused, NotPatched, PatchError
+from hga_kvd_patch import AlreadyPatched, CacheRefused, CacheUnusable, CallRefused, ModelRefused, NotPatched, PatchError
 from hga_kvd_patch.examine import examine
 from hga_kvd_patch.fingerprint import model_fingerprint
 from torch import nn
@@ -225,6 +225,8 @@ def test_patch_without_a_daemon_leaves_the_model_alone(tmp_path):
         hga_kvd_patch.unpatch(model)
     with pytest.raises(PatchError, match="prefill_block is 1"):
         hga_kvd_patch.patch(model, DenseClient(), prefill_block=1)
+    with pytest.raises(PatchError, match="diverging is 'cut'"):
+        hga_kvd_patch.patch(model, DenseClient(), diverging="cut")
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -248,25 +250,15 @@ def model():
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"num_beams": 2}, "generation mode beam_search"),
-        ({"num_beams": 2, "do_sample": True}, "generation mode beam_sample"),
-        ({"prompt_lookup_num_tokens": 3}, "generation mode assisted_generation"),
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"penalty_alpha": 0.6, "top_k": 4, "custom_generate": lambda *_, **__: None}, "mode contrastive_search"),
     ],
 )
 def test_generation_modes(arguments, reason, model):
     with pytest.raises(CallRefused, match=reason):
         model.generate(tiny.text(20), max_new_tokens=3, **arguments)
-
-
-def test_assistant(model):
-    with pytest.raises(CallRefused, match="assisted_generation"):
-        model.generate(tiny.text(20), max_new_tokens=3, assistant_model=tiny.make("llama"))
-    other = tiny.make("llama")
-    with pytest.raises(CallRefused, match="forks or takes back"):
-        other.generate(tiny.text(20), max_new_tokens=3, assistant_model=model)
 
 
 def test_training(model):
@@ -311,19 +303,23 @@ def test_dropout():
 
 def test_cache_operations(model):
     cache = model(tiny.text(4)).past_key_values
-    cache.crop(0)
+    layer = cache.layers[0]
     for operation, argument in (
-        (cache.crop, -1),
-        (cache.reorder_cache, torch.tensor([0])),
-        (cache.batch_repeat_interleave, 2),
-        (cache.batch_select_indices, torch.tensor([0])),
+        (layer.crop, -1),
+        (layer.reorder_cache, torch.tensor([0])),
+        (layer.batch_repeat_interleave, 2),
+        (layer.batch_select_indices, torch.tensor([0])),
     ):
-        with pytest.raises(CacheRefused):
+        with pytest.raises(CacheRefused, match="the whole HgaCache"):
             operation(argument)
     with pytest.raises(CacheRefused, match="only in calls of the patched model"):
         tiny.make("llama")(tiny.text(3), past_key_values=cache)
-    assert not cache.layers[0].is_croppable
+    assert cache.is_croppable
     assert not cache.is_compileable
+    cache.close()
+    for operation, argument in ((cache.crop, -1), (cache.reorder_cache, torch.tensor([0]))):
+        with pytest.raises(CacheUnusable, match="was closed"):
+            operation(argument)
 
 
 # The fingerprint.
