@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 TEXT ?=
 
-.PHONY: demo test lint types unit proto setup apt peers tables
+SCHEDULES_S ?= 600
+
+.PHONY: soak mutants demo test lint types unit proto setup apt peers tables
 
 apt:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
@@ -39,6 +41,16 @@ types: setup
 
 unit: setup
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
+
+# What CI shows, for much longer: docs/testing.md.
+soak: setup mutants
+	$(BIN)/python -m hga_kvd.testing.soak --seconds $(SCHEDULES_S)
+	HGA_KVD_SOAK_KILLS=50 HGA_KVD_SOAK_CHURN_S=600 $(BIN)/python -m pytest -q -s --timeout 3600 \
+	  tests/kvstore/test_kill.py tests/kvstore/test_memory.py
+
+# The engine broken on purpose, in a copy of the tree: each break must be noticed.
+mutants: setup
+	$(BIN)/python tests/mutants.py
 
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/hga_kvd_proto/v1/kvd.proto

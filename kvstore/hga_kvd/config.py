@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     region_bytes_max: Size = 1 * GIB  # one client's shared memory
     clients_max: int = Field(default=64, gt=0, le=4096)
     sessions_max: int = Field(default=65536, gt=0)
-    chunks_max: int = Field(default=1 << 22, gt=0)  # of one session: 268 M tokens
+    chunks_max: int = Field(default=1 << 22, gt=0, le=1 << 24)  # of one session: 268 M tokens
     summary_bytes_max: Size = 1 * MIB  # one chunk, one kind
     summary_kinds_max: int = Field(default=16, gt=0, le=1024)  # of one chunk
     rpc_threads: int = Field(default=8, gt=0, le=1024)

@@ -33,6 +33,9 @@ TABLE_BYTES_MAX = 64 << 20
 # 65,536 sessions of about 400 bytes.
 MANIFEST_TEXT_BYTES_MAX = 64 << 20
 KIND_BYTES_MAX = 64
+# A session of 1 G tokens; absurd numbers under a right checksum must not become memory.
+CHUNKS_MAX = 1 << 24
+IDS_END = 1 << 63  # as in the manifest
 TOKENS_KNOWN = 1
 
 _SEGMENT = struct.Struct("<8sIIQQ")
@@ -146,6 +149,8 @@ def decode_frame_header(block: bytes, segment_id: int, offset: int, segment_byte
     fewest = 0 if kind == LINK else 1
     if header.table_bytes > TABLE_BYTES_MAX or header.body_bytes % BLOCK_BYTES or header.chunk_count < fewest:
         raise BadBytes("a frame with impossible sizes")
+    if header.first_chunk + header.chunk_count > CHUNKS_MAX or header.session_id >= IDS_END:
+        raise BadBytes("a frame of chunks that no session can have")
     if offset + header.frame_bytes > segment_bytes:
         raise BadBytes(f"a frame of {header.frame_bytes} bytes goes past the end of its segment")
     return header
@@ -274,6 +279,8 @@ def _decode_chunk_table(header: FrameHeader, table: bytes) -> ChunkFrame:
         raise BadBytes("a chunk table that does not fit its body")
     at = np.cumsum((_CHUNKS.size, *lengths))
     parts = [table[start:end] for start, end in pairwise(at.tolist())]
+    if (np.frombuffer(parts[0], "<u8") >= IDS_END).any():
+        raise BadBytes("a chunk uid that was never given out")
     return ChunkFrame(
         header,
         record_bytes,
@@ -416,6 +423,8 @@ def _session_of(fields: dict[str, Any], geometries: list[Geometry]) -> SessionEn
         _flag(fields["pinned"]),
         links if links is None else tuple((_count(first), _count(count)) for first, count in links),
     )
+    if entry.chunk_count > CHUNKS_MAX:
+        raise ValueError(f"session {entry.session_id} cannot have {entry.chunk_count} chunks")
     if entry.links is not None and sum(count for _, count in entry.links) != entry.chunk_count:
         raise ValueError(f"session {entry.session_id} does not have as many links as chunks")
     return entry

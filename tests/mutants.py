@@ -1,0 +1,85 @@
+"""Breaks the engine on purpose, in a copy of the tree, and shows which test notices: `make mutants`.
+
+Each mutant is one line changed. The tree itself is never touched. A mutant that no test notices fails the command, and
+so does one whose line is no longer there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOTS = ("proto", "kvstore", "client", "model_patch")
+# Those that hold the guarantee; the first failure ends the run.
+TESTS = ("tests/kvstore/test_recovery.py", "tests/kvstore/test_simulation.py")
+RUN_S = 240
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    line: str
+    instead: str
+
+
+# The first three always; the others in `make mutants`.
+MUTANTS = (
+    Mutant("skip a sync", "segments.py", "            self._disk.sync(segment.handle)\n", ""),
+    Mutant(
+        "skip a checksum",
+        "reads.py",
+        "        return wrong\n\n\n@dataclass",
+        "        return np.zeros_like(wrong)\n\n\n@dataclass",
+    ),
+    Mutant("skip a reference count", "index.py", "        self.refs[rows] += 1\n", "        pass\n"),
+    Mutant("keep a reference count", "index.py", "        self.refs[rows] -= 1\n", ""),
+    Mutant("leave torn frames", "startup.py", "erase_heads(disk, handle, found.stale)", "pass"),
+    Mutant("take torn bodies", "recovery.py", "or not self._body_is_whole(frame)", ""),
+    Mutant("forget that a manifest may be there", "writeout.py", " or self.unsure:", ":"),
+)
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """The test that notices, or None."""
+    with tempfile.TemporaryDirectory(prefix="mutant") as directory:
+        copy = Path(directory)
+        for part in (*ROOTS, "tests", "bench"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "peers", "results"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        broken = copy / "kvstore/hga_kvd" / mutant.file
+        text = broken.read_text()
+        assert text.count(mutant.line) == 1, f"{mutant.file} has {text.count(mutant.line)} of the line to break"
+        broken.write_text(text.replace(mutant.line, mutant.instead))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *TESTS]
+        paths = os.pathsep.join(str(copy / root) for root in ROOTS)
+        done = subprocess.run(
+            command, check=False, cwd=copy, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+            timeout=RUN_S,
+        )  # fmt: skip
+    if done.returncode == 0:
+        return None
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    assert found is not None, done.stdout
+    return found[1]
+
+
+def main() -> int:
+    survived = 0
+    for mutant in MUTANTS:
+        test = caught_by(mutant)
+        survived += test is None
+        print(f"{mutant.name} ({mutant.file}): {'caught by ' + test if test else 'NOT CAUGHT'}", flush=True)
+    return min(survived, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
