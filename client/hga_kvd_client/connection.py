@@ -352,8 +352,10 @@ class Connection:
             )
         return count
 
-    def fetch(self, session_id: int, keys: Keys, epoch: int = 0) -> Fetched:
+    def fetch(self, session_id: int, keys: Keys, epoch: int = 0, deadline_us: int = 0) -> Fetched:
         """Records of keys [n] (KEY_DTYPE), in their order. Split into several calls where one would be over a limit.
+
+        deadline_us: of each call, in the daemon; records that it could not begin to read by then have status LATE. 0: none.
 
         Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, DeadlineExceeded.
         """
@@ -361,8 +363,26 @@ class Connection:
         if region is not None and region.lane is not None and not region.busy:
             # A lane notices the end of its daemon itself; asking the socket first would cost half of a small fetch.
             with contextlib.suppress(errors.Unavailable):
-                return self._fetch_all(session_id, keys, epoch)
-        return self._repeat(lambda: self._fetch_all(session_id, keys, epoch))
+                return self._fetch_all(session_id, keys, epoch, deadline_us)
+        return self._repeat(lambda: self._fetch_all(session_id, keys, epoch, deadline_us))
+
+    def prefetch(self, session_id: int, keys: Keys, epoch: int = 0) -> None:
+        """Asks the daemon to have these records in RAM soon; returns at once. Keys over the limit of one call are left
+        out: the newest prefetch of a session replaces the one before.
+
+        Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, LimitExceeded.
+        """
+        most = min(self._limits_of(session_id).fetch_keys_max, layout.FETCH_KEYS_MAX)
+        packed = keys[:most].tobytes()
+
+        def attempt() -> None:
+            region = self._region
+            if region is not None and region.lane is not None:
+                self._ask_lane(region, "Prefetch", layout.PREFETCH, packed, session_id, epoch=epoch)
+            else:
+                self._ask("Prefetch", kvd_pb2.PrefetchRequest(session_id=session_id, epoch=epoch, keys=packed))
+
+        self._repeat(attempt)
 
     def flush(self, session_id: int) -> int:
         """Returns when everything acknowledged survives power loss, with the durable chunk count.
@@ -471,7 +491,7 @@ class Connection:
         del self._unanswered[session_id]
         return count
 
-    def _fetch_all(self, session_id: int, keys: Keys, epoch: int) -> Fetched:
+    def _fetch_all(self, session_id: int, keys: Keys, epoch: int, deadline_us: int) -> Fetched:
         """All parts of one fetch. Made again as a whole, because a new connection has a new region."""
         limits = self._limits_of(session_id)
         record_bytes = limits.geometry.record_bytes
@@ -495,10 +515,12 @@ class Connection:
             size = (end - start) * record_bytes
             answer: Any
             if region is not None and region.lane is not None:
-                answer = self._ask_lane(region, "Fetch", layout.FETCH, packed, session_id, size=size, epoch=epoch)
+                answer = self._ask_lane(
+                    region, "Fetch", layout.FETCH, packed, session_id, size=size, epoch=epoch, deadline_us=deadline_us
+                )
                 found = answer.body
             else:
-                request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed, epoch=epoch)
+                request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed, epoch=epoch, deadline_us=deadline_us)
                 if region is not None:
                     request.shared.client_id = region.client_id
                     request.shared.bytes = size

@@ -61,6 +61,10 @@ class EngineStats:
     evicted_extents: int
     chunks: int
     shared_chunks: int
+    late_records: int
+    prefetched_records: int
+    prefetch_useful_records: int
+    prefetch_wasted_records: int
 
 
 @dataclass(eq=False)
@@ -74,3 +78,4 @@ class Counters:
     flushes: int = 0
     damaged_records: int = 0
     shared_chunks: int = 0
+    late_records: int = 0

@@ -38,9 +38,15 @@ class Calls:
         self.observe_fetch = observe_fetch
 
     def fetch(
-        self, session_id: int, packed_keys: bytes, shared: Range, wanted: Callable[[], bool], epoch: int = 0
+        self,
+        session_id: int,
+        packed_keys: bytes,
+        shared: Range,
+        wanted: Callable[[], bool],
+        epoch: int = 0,
+        deadline_us: int = 0,
     ) -> Fetched:
-        """Records into the client's region. wanted: asked once the range is ours.
+        """Records into the client's region. wanted: asked once the range is ours. deadline_us: from now on; 0: none.
 
         Raises: InvalidRequest, LimitExceeded, SessionNotFound, StaleEpoch, KeyOutOfRange, NotAttached, GivenUp.
         """
@@ -53,7 +59,7 @@ class Calls:
         with self.landing.borrow(shared.client_id, shared.offset, size) as destination:
             if not wanted():
                 raise GivenUp
-            fetched = self.engine.fetch(session_id, keys, destination, epoch)
+            fetched = self.engine.fetch(session_id, keys, destination, epoch, overdue_after(start, deadline_us))
         self.observe(start)
         return fetched
 
@@ -61,6 +67,12 @@ class Calls:
         """Notes the time of a fetch that began then."""
         if self.observe_fetch is not None:
             self.observe_fetch(time.perf_counter() - started)
+
+    def prefetch(self, session_id: int, packed_keys: bytes, epoch: int = 0) -> None:
+        """Raises: InvalidRequest, LimitExceeded, SessionNotFound, StaleEpoch, KeyOutOfRange."""
+        keys, size = self.sized_keys(session_id, packed_keys)
+        if size:
+            self.engine.prefetch(session_id, epoch, keys)
 
     def sized_keys(self, session_id: int, packed: bytes) -> tuple[Keys, int]:
         """The keys, and the bytes that their records take. Raises: InvalidRequest, LimitExceeded, SessionNotFound."""
@@ -102,3 +114,11 @@ class Calls:
             if not wanted():
                 raise GivenUp
             return self.engine.append(session_id, first_chunk, chunk_count, payload, token_ids, epoch)
+
+
+def overdue_after(start: float, deadline_us: int) -> Callable[[], bool] | None:
+    """Says whether so much time has passed since `start`; None: there is no deadline."""
+    if not deadline_us:
+        return None
+    end = start + deadline_us * 1e-6
+    return lambda: time.perf_counter() >= end

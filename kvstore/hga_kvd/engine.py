@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -42,7 +44,9 @@ from hga_kvd.errors import (
 )
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 from hga_kvd.index import LOST_ROW, Session
+from hga_kvd.memory import aligned_buffer
 from hga_kvd.misses import Misses
+from hga_kvd.prefetch import Ledger, Part, PrefetchQueue
 from hga_kvd.reads import read_verified
 from hga_kvd.residency import Pool, Residency, locate, out_of_range
 from hga_kvd.segments import SegmentLog
@@ -65,7 +69,9 @@ WRITE_RETRY_S = 1.0
 # Read parts of large fetches beside the calling threads; they share the queue depth of the disk.
 READER_THREADS = 2
 
-STATUS_DAMAGED = 1
+STATUS_DAMAGED, STATUS_LATE = 1, 2
+# A part of a prefetch lets fetches go first, but not for ever.
+PREFETCH_WAIT_S, PREFETCH_PAUSE_S = 0.1, 0.0005
 
 
 class Engine:
@@ -92,6 +98,11 @@ class Engine:
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._reading = 0  # fetches that wait for the disk, prefetches not counted
+        self._prefetches = PrefetchQueue()
+        self._ledger = Ledger()
+        self._prefetched_records = 0
+        self._prefetcher: threading.Thread | None = None
         self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="read")  # started when first used
         if disk is None:
             return
@@ -419,13 +430,36 @@ class Engine:
 
     # --- fetch ---
 
-    def fetch(self, session_id: int, keys: Keys, destination: U8, epoch: int = 0) -> Fetched:
+    def fetch(
+        self,
+        session_id: int,
+        keys: Keys,
+        destination: U8,
+        epoch: int = 0,
+        overdue: Callable[[], bool] | None = None,
+    ) -> Fetched:
         """Records of `keys` (KEY_DTYPE) in their order into `destination`, 1-D, len(keys) * record_bytes.
 
+        overdue: says when the deadline has passed; what is not read by then is LATE. None: no deadline.
         Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, LimitExceeded; nothing was written to the destination then.
         """
+        fetched = self._fetch(session_id, keys, destination, epoch, overdue, self._counters)
+        if len(self._ledger):
+            with self._lock:
+                self._ledger.fetch(session_id, keys)
+        return fetched
+
+    def _fetch(
+        self,
+        session_id: int,
+        keys: Keys,
+        destination: U8,
+        epoch: int,
+        overdue: Callable[[], bool] | None,
+        counters: Counters,
+    ) -> Fetched:
         assert keys.dtype == KEY_DTYPE
-        count = len(keys)
+        count, foreground = len(keys), counters is self._counters
         with self._lock:
             session = self._residency.session(session_id, epoch)
             pool = self._residency.pools[session.pool]
@@ -439,7 +473,7 @@ class Engine:
                 and len(destination) <= hits.FEW_BYTES
                 and hits.copy_few(session, pool, self._residency.memory, keys, destination)
             ):
-                self._count_hits(count, len(destination))
+                _count_hits(counters, count, len(destination))
                 return Fetched(None, count, 0)
             try:  # numpy checks every index anyway; only a refusal looks for the one to blame
                 rows, layers, records = locate(session, keys)
@@ -456,7 +490,8 @@ class Engine:
                 assert self._writeout is not None
                 log = self._writeout.segments
                 missing = misses.plan(self._residency, log, pool, rows, layers, records, missing=np.flatnonzero(~hit))
-        bad = keep = None
+                self._reading += foreground
+        bad = keep = late = None
         try:
             if missing is None:
                 slots.gather(found, records, destination)
@@ -465,23 +500,21 @@ class Engine:
                 starts = slots.starts(found, records[hit])
                 copy_records(self._residency.memory, starts, destination.data, at, slots.record_bytes)
                 assert self._disk is not None
-                bad, keep = misses.bring(self._disk, self._readers, self._residency, pool, missing, destination)
+                bad, keep, late = misses.bring(
+                    self._disk, self._readers, self._residency, pool, missing, destination, overdue
+                )
         finally:
             with self._lock:
                 slots.unpin(found)
                 if missing is not None:
+                    self._reading -= foreground
                     misses.end(self._residency, log, pool, missing, keep)
-                self._count_hits(len(found), len(found) * slots.record_bytes)
+                _count_hits(counters, len(found), len(found) * slots.record_bytes)
         if missing is None:
             return Fetched(None, count, 0)
         assert bad is not None
-        return self._judge(session, epoch, keys, missing, bad, len(found))
-
-    def _count_hits(self, records: int, record_bytes: int) -> None:
-        counters = self._counters
-        counters.fetches += 1
-        counters.fetched_ram_records += records
-        counters.fetched_ram_bytes += record_bytes
+        assert late is not None
+        return self._judge(session, epoch, keys, missing, bad, late, len(found), counters)
 
     def _check_fetch_size(self, count: int, record_bytes: int) -> None:
         settings = self._settings
@@ -493,19 +526,31 @@ class Engine:
             )
 
     def _judge(
-        self, session: Session, epoch: int, keys: Keys, missing: Misses, bad: Bools, ram_records: int
+        self,
+        session: Session,
+        epoch: int,
+        keys: Keys,
+        missing: Misses,
+        bad: Bools,
+        late: Bools,
+        ram_records: int,
+        counters: Counters,
     ) -> Fetched:
         statuses = np.zeros(len(keys), np.uint8)
         statuses[missing.lost] = STATUS_DAMAGED
         statuses[missing.items.positions[bad]] = STATUS_DAMAGED
         statuses[missing.copies_to[bad[missing.copies_of]]] = STATUS_DAMAGED
         damaged = int(np.count_nonzero(statuses))
-        read = len(keys) - ram_records - damaged
+        statuses[missing.items.positions[late]] = STATUS_LATE
+        statuses[missing.copies_to[late[missing.copies_of]]] = STATUS_LATE
+        not_ok = int(np.count_nonzero(statuses))
+        read = len(keys) - ram_records - not_ok
         with self._lock:
             if damaged:  # or gone: the chunk's place on disk is given back when its last session lets go of it
                 self._residency.session(session.session_id, epoch)
-            self._counters.fetched_nvme_records += read
-            self._counters.fetched_nvme_bytes += read * missing.items.item_bytes
+            counters.fetched_nvme_records += read
+            counters.fetched_nvme_bytes += read * missing.items.item_bytes
+            counters.late_records += not_ok - damaged
             found = {tuple(key) for key in keys[missing.items.positions[bad]].tolist()} - session.damaged
             session.damaged |= found
             chunks = np.array([key[0] for key in found], np.int64) // session.table.geometry.groups_per_chunk
@@ -514,7 +559,60 @@ class Engine:
             self._counters.damaged_records += len(found)
         for group, kv_head, layer in sorted(found):
             self._log.error("record damaged", session=session.session_id, layer=layer, kv_head=kv_head, group=group)
-        return Fetched(statuses if damaged else None, ram_records, read)
+        return Fetched(statuses if not_ok else None, ram_records, read)
+
+    # --- prefetch ---
+
+    def prefetch(self, session_id: int, epoch: int, keys: Keys) -> None:
+        """Brings these records into RAM, as far as its policy takes them, behind all fetches; returns at once. Takes the
+        place of what the session asked for before and is not brought yet.
+
+        Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, LimitExceeded.
+        """
+        self._not_in_ram(Part(session_id, epoch, keys))
+        if self._disk is None:  # everything is in RAM
+            return
+        with self._lock:
+            if self._prefetcher is None:
+                self._prefetcher = threading.Thread(target=self._prefetch_in_background, name="prefetch", daemon=True)
+                self._prefetcher.start()
+        self._prefetches.put(Part(session_id, epoch, keys.copy()))
+
+    def _prefetch_in_background(self) -> None:
+        while (part := self._prefetches.take()) is not None:
+            give_up = time.monotonic() + PREFETCH_WAIT_S
+            while self._reading and time.monotonic() < give_up:
+                self._stopping.wait(PREFETCH_PAUSE_S)
+            counters = Counters()
+            try:
+                missing = self._not_in_ram(part)
+                if not len(missing):
+                    continue
+                own = aligned_buffer(len(missing) * self.record_bytes(part.session_id))
+                self._fetch(part.session_id, missing, own, part.epoch, None, counters)
+            except KvdError:  # gone, or rolled back: nobody wants the rest
+                self._prefetches.forget(part.session_id)
+                with self._lock:
+                    self._ledger.forget(part.session_id)
+                continue
+            except OSError as error:
+                self._log.warning("prefetch failed", error=str(error))
+                continue
+            with self._lock:
+                self._prefetched_records += counters.fetched_nvme_records
+                self._ledger.bring(part.session_id, missing[: counters.fetched_nvme_records])
+
+    def _not_in_ram(self, part: Part) -> Keys:
+        with self._lock:
+            session = self._residency.session(part.session_id, part.epoch)
+            slots, table = self._residency.pools[session.pool].slots, session.table
+            keys = np.unique(part.keys.view("<u8")).view(KEY_DTYPE)
+            try:
+                rows, layers, records = locate(session, keys)
+                missing: Keys = keys[slots.state[table.slot[rows, layers], records] != VALID]
+            except IndexError:
+                raise out_of_range(session, keys) from None
+            return missing
 
     # --- durability ---
 
@@ -572,6 +670,9 @@ class Engine:
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
+        self._prefetches.close()
+        if self._prefetcher is not None:
+            self._prefetcher.join()
         self._readers.shutdown()
         if self._writeout is None or self._disk is None:
             return
@@ -672,7 +773,17 @@ class Engine:
                 evicted_extents=self._residency.evicted_extents,
                 chunks=sum(pool.table.in_use() for pool in self._residency.pools),
                 shared_chunks=counters.shared_chunks,
+                late_records=counters.late_records,
+                prefetched_records=self._prefetched_records,
+                prefetch_useful_records=self._ledger.useful,
+                prefetch_wasted_records=self._ledger.wasted,
             )
+
+
+def _count_hits(counters: Counters, records: int, record_bytes: int) -> None:
+    counters.fetches += 1
+    counters.fetched_ram_records += records
+    counters.fetched_ram_bytes += record_bytes
 
 
 def seeds_of(pool: Pool, uids: U64) -> U64:

@@ -25,7 +25,7 @@ from hga_kvd.errors import InvalidRequest
 from hga_kvd.refusals import refusal
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_NAMES = {layout.FETCH: "Fetch", layout.APPEND: "Append"}
+_NAMES = {layout.FETCH: "Fetch", layout.APPEND: "Append", layout.PREFETCH: "Prefetch"}
 
 
 class _Answer(NamedTuple):
@@ -118,7 +118,7 @@ class Lane:
     def _answer(self, sequence: int) -> _Answer:
         """Reads the request, makes the call."""
         at = layout.request_at(sequence)
-        said, verb, body_bytes, session_id, epoch, offset, size, first_chunk, chunk_count, _deadline_us = (
+        said, verb, body_bytes, session_id, epoch, offset, size, first_chunk, chunk_count, deadline_us = (
             layout.REQUEST.unpack_from(self._memory, at)
         )
         try:
@@ -131,12 +131,15 @@ class Lane:
             body = bytes(self._memory[body_at : body_at + body_bytes])
             shared = Range(self.client_id, offset, size)
             if verb == layout.FETCH:
-                fetched = self._calls.fetch(session_id, body, shared, self._wanted, epoch)
+                fetched = self._calls.fetch(session_id, body, shared, self._wanted, epoch, deadline_us)
                 statuses = b"" if fetched.statuses is None else fetched.statuses.tobytes()
                 return _Answer(0, statuses, 0, fetched.ram_records, fetched.nvme_records)
             if verb == layout.APPEND:
                 count = self._calls.append(session_id, first_chunk, chunk_count, body, shared, self._wanted, epoch)
                 return _Answer(chunk_count=count)
+            if verb == layout.PREFETCH:
+                self._calls.prefetch(session_id, body, epoch)
+                return _Answer()
             raise InvalidRequest(f"lane request of verb {verb}: this daemon knows {sorted(_NAMES)}")
         except Exception as error:
             answer = refusal(error, _NAMES.get(verb, f"lane verb {verb}"), "lane", self._log)

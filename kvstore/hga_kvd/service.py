@@ -30,7 +30,7 @@ from structlog.typing import FilteringBoundLogger
 
 from hga_kvd import __version__, errors
 from hga_kvd.answers import Fetched, SessionInfo
-from hga_kvd.calls import Calls, Range
+from hga_kvd.calls import Calls, Range, overdue_after
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.geometry import Geometry
@@ -203,7 +203,12 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         """Returns the serialized FetchResponse: see `_fetch_response`."""
         if request.HasField("shared"):
             fetched = self.calls.fetch(
-                request.session_id, request.keys, _range(request.shared), context.is_active, request.epoch
+                request.session_id,
+                request.keys,
+                _range(request.shared),
+                context.is_active,
+                request.epoch,
+                request.deadline_us,
             )
             return _fetch_response(None, fetched)
         start = time.perf_counter()
@@ -216,9 +221,15 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 "split the call, or use shared memory"
             )
         payload = self._buffer(size)
-        fetched = self.engine.fetch(request.session_id, keys, payload, request.epoch)
+        overdue = overdue_after(start, request.deadline_us)
+        fetched = self.engine.fetch(request.session_id, keys, payload, request.epoch, overdue)
         self.calls.observe(start)
         return _fetch_response(payload, fetched)
+
+    @_answers
+    def Prefetch(self, request: kvd_pb2.PrefetchRequest, context: grpc.ServicerContext) -> kvd_pb2.PrefetchResponse:
+        self.calls.prefetch(request.session_id, request.keys, request.epoch)
+        return kvd_pb2.PrefetchResponse()
 
     @_answers
     def Flush(self, request: kvd_pb2.FlushRequest, context: grpc.ServicerContext) -> kvd_pb2.FlushResponse:

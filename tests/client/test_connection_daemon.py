@@ -13,6 +13,7 @@ import pytest
 import torch
 from hga_kvd_client import Client, Geometry, Session, SessionOptions, connect, errors
 from hga_kvd_client.connection import Connection
+from hga_kvd_proto.v1 import kvd_pb2
 from sequences import GEOMETRY, ROPE, Tokens, blocks
 from test_connection import all_keys, payload
 
@@ -317,3 +318,46 @@ def test_forks_truncations_and_prefixes(daemon, transport):
             records = connection.fetch(found.session_id, keys, epoch=found.epoch).records
             assert (records.reshape(-1) == expected).all()
         assert connection.stat().chunks == 10
+
+
+@every_way
+def test_a_deadline_leaves_out_and_a_prefetch_brings_in(daemon, way):
+    running = listening(daemon, "--ram", "4MiB")
+    with connected_by(way, running) as connection:
+        session_id = connection.open("s", WIDE).session_id
+        sent, keys = payload(40, WIDE), all_keys(40, WIDE)
+        for first in range(0, 40, 4):
+            part = sent[first * WIDE.chunk_bytes : (first + 4) * WIDE.chunk_bytes]
+            connection.append(session_id, first, 4, part)
+            connection.flush(session_id)
+        records = sent.reshape(len(keys), -1)
+
+        some = np.random.default_rng(2).permutation(len(keys))[:100]
+        answer = connection.fetch(session_id, keys[some], deadline_us=1)
+        assert answer.statuses is not None
+        late = answer.statuses == kvd_pb2.RECORD_STATUS_LATE
+        assert late.any()
+        assert set(answer.statuses[~late]) <= {0}
+        assert answer.ram_records == np.count_nonzero(~late)
+        np.testing.assert_array_equal(answer.records[~late], records[some][~late])
+        assert connection.stat().late_records == np.count_nonzero(late)
+        again = connection.fetch(session_id, keys[some], deadline_us=10_000_000)
+        assert again.statuses is None
+        np.testing.assert_array_equal(again.records, records[some])
+
+        wanted = keys[:128]  # of the oldest chunks
+        before = connection.stat().prefetched_records
+        connection.prefetch(session_id, wanted)
+        deadline = time.monotonic() + 10
+        answered = connection.fetch(session_id, wanted)
+        while answered.nvme_records and time.monotonic() < deadline:  # one that came before its prefetch read itself
+            answered = connection.fetch(session_id, wanted)
+        assert answered.nvme_records == 0
+        assert answered.records.tobytes() == records[:128].tobytes()
+        stats = connection.stat()
+        assert stats.prefetched_records >= before
+        assert stats.prefetch_useful_records <= stats.prefetched_records
+        with pytest.raises(errors.KeyOutOfRange):
+            connection.prefetch(session_id, all_keys(41, WIDE)[-1:])
+        with pytest.raises(errors.StaleEpoch):
+            connection.prefetch(session_id, wanted, epoch=7)

@@ -11,8 +11,10 @@ class RecordStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     RECORD_STATUS_OK: _ClassVar[RecordStatus]
     RECORD_STATUS_DAMAGED: _ClassVar[RecordStatus]
+    RECORD_STATUS_LATE: _ClassVar[RecordStatus]
 RECORD_STATUS_OK: RecordStatus
 RECORD_STATUS_DAMAGED: RecordStatus
+RECORD_STATUS_LATE: RecordStatus
 
 class Geometry(_message.Message):
     __slots__ = ("layers", "kv_heads", "head_dim", "dtype", "chunk_tokens", "group_tokens", "rope", "model_fingerprint")
@@ -171,16 +173,18 @@ class AppendResponse(_message.Message):
     def __init__(self, chunk_count: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "keys", "shared", "epoch")
+    __slots__ = ("session_id", "keys", "shared", "epoch", "deadline_us")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_US_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     keys: bytes
     shared: SharedRange
     epoch: int
-    def __init__(self, session_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    deadline_us: int
+    def __init__(self, session_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ..., epoch: _Optional[int] = ..., deadline_us: _Optional[int] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("payload", "statuses", "ram_records", "nvme_records")
@@ -193,6 +197,20 @@ class FetchResponse(_message.Message):
     ram_records: int
     nvme_records: int
     def __init__(self, payload: _Optional[bytes] = ..., statuses: _Optional[bytes] = ..., ram_records: _Optional[int] = ..., nvme_records: _Optional[int] = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("session_id", "epoch", "keys")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    epoch: int
+    keys: bytes
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class PrefetchResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class FlushRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -319,7 +337,7 @@ class StatRequest(_message.Message):
     def __init__(self, session_id: _Optional[int] = ..., first_chunk: _Optional[int] = ...) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "io_engine", "sessions", "ram_bytes_max", "ram_bytes_used", "ram_bytes_dirty", "nvme_bytes_max", "nvme_bytes_used", "fetches", "fetched_ram_records", "fetched_nvme_records", "fetched_ram_bytes", "fetched_nvme_bytes", "appended_bytes", "written_bytes", "flushes", "damaged_records", "evicted_extents", "attached_clients", "session", "chunks", "shared_chunks")
+    __slots__ = ("version", "uptime_s", "io_engine", "sessions", "ram_bytes_max", "ram_bytes_used", "ram_bytes_dirty", "nvme_bytes_max", "nvme_bytes_used", "fetches", "fetched_ram_records", "fetched_nvme_records", "fetched_ram_bytes", "fetched_nvme_bytes", "appended_bytes", "written_bytes", "flushes", "damaged_records", "evicted_extents", "attached_clients", "session", "chunks", "shared_chunks", "late_records", "prefetched_records", "prefetch_useful_records", "prefetch_wasted_records")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     IO_ENGINE_FIELD_NUMBER: _ClassVar[int]
@@ -343,6 +361,10 @@ class StatResponse(_message.Message):
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     SHARED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    LATE_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCHED_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_USEFUL_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_WASTED_RECORDS_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     io_engine: str
@@ -366,4 +388,8 @@ class StatResponse(_message.Message):
     session: SessionInfo
     chunks: int
     shared_chunks: int
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., io_engine: _Optional[str] = ..., sessions: _Optional[int] = ..., ram_bytes_max: _Optional[int] = ..., ram_bytes_used: _Optional[int] = ..., ram_bytes_dirty: _Optional[int] = ..., nvme_bytes_max: _Optional[int] = ..., nvme_bytes_used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_ram_records: _Optional[int] = ..., fetched_nvme_records: _Optional[int] = ..., fetched_ram_bytes: _Optional[int] = ..., fetched_nvme_bytes: _Optional[int] = ..., appended_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., flushes: _Optional[int] = ..., damaged_records: _Optional[int] = ..., evicted_extents: _Optional[int] = ..., attached_clients: _Optional[int] = ..., session: _Optional[_Union[SessionInfo, _Mapping]] = ..., chunks: _Optional[int] = ..., shared_chunks: _Optional[int] = ...) -> None: ...
+    late_records: int
+    prefetched_records: int
+    prefetch_useful_records: int
+    prefetch_wasted_records: int
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., io_engine: _Optional[str] = ..., sessions: _Optional[int] = ..., ram_bytes_max: _Optional[int] = ..., ram_bytes_used: _Optional[int] = ..., ram_bytes_dirty: _Optional[int] = ..., nvme_bytes_max: _Optional[int] = ..., nvme_bytes_used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_ram_records: _Optional[int] = ..., fetched_nvme_records: _Optional[int] = ..., fetched_ram_bytes: _Optional[int] = ..., fetched_nvme_bytes: _Optional[int] = ..., appended_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., flushes: _Optional[int] = ..., damaged_records: _Optional[int] = ..., evicted_extents: _Optional[int] = ..., attached_clients: _Optional[int] = ..., session: _Optional[_Union[SessionInfo, _Mapping]] = ..., chunks: _Optional[int] = ..., shared_chunks: _Optional[int] = ..., late_records: _Optional[int] = ..., prefetched_records: _Optional[int] = ..., prefetch_useful_records: _Optional[int] = ..., prefetch_wasted_records: _Optional[int] = ...) -> None: ...

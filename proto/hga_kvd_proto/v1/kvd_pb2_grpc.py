@@ -64,6 +64,11 @@ class KvdStub(object):
                 request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.SerializeToString,
                 response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.FromString,
                 _registered_method=True)
+        self.Prefetch = channel.unary_unary(
+                '/hga_kvd.v1.Kvd/Prefetch',
+                request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PrefetchRequest.SerializeToString,
+                response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PrefetchResponse.FromString,
+                _registered_method=True)
         self.Flush = channel.unary_unary(
                 '/hga_kvd.v1.Kvd/Flush',
                 request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.FlushRequest.SerializeToString,
@@ -182,6 +187,15 @@ class KvdServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prefetch(self, request, context):
+        """Brings records into RAM behind all fetches, as far as there is room for them, and returns at once. It takes the place
+        of what the session's earlier Prefetch has not brought yet; what is left of it ends when the session or epoch does.
+        as Fetch; RESOURCE_EXHAUSTED also when too much waits to be prefetched
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Flush(self, request, context):
         """The durability barrier: returns when every chunk and summary acknowledged before the call survives power loss.
         On a daemon without NVMe it returns FAILED_PRECONDITION. DATA_LOSS: a write or sync failed; the message says what is lost.
@@ -266,6 +280,11 @@ def add_KvdServicer_to_server(servicer, server):
                     servicer.Truncate,
                     request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.FromString,
                     response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.SerializeToString,
+            ),
+            'Prefetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PrefetchRequest.FromString,
+                    response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PrefetchResponse.SerializeToString,
             ),
             'Flush': grpc.unary_unary_rpc_method_handler(
                     servicer.Flush,
@@ -465,6 +484,33 @@ class Kvd(object):
             '/hga_kvd.v1.Kvd/Truncate',
             hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.SerializeToString,
             hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hga_kvd.v1.Kvd/Prefetch',
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.PrefetchRequest.SerializeToString,
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.PrefetchResponse.FromString,
             options,
             channel_credentials,
             insecure,
