@@ -1,32 +1,51 @@
-"""128 random fetches of 32 KiB from disk through daemon and client, beside fio: same size, same depth, same disk, one run.
+"""The data path through daemon and client, every target of docs/fastlane.md in one run, each case beside what bounds it.
 
-A fetch here is 4 neighbouring groups of one KV head (8 KiB records: dim 128, bfloat16). The arena holds a sixteenth of the
-data, and each round asks for other chunks, so nearly all of it comes from disk; what did not is printed.
+Rounds of all cases take turns, so that a disk and cores that other people use disturb all alike; ratios are taken within a
+round, medians over rounds are printed, with the lowest and highest. Bytes are compared outside the time. Records are 8 KiB
+(dim 128, bfloat16); `32 KiB` is 4 neighbouring groups of one KV head. The arena of the disk cases holds a sixteenth of the
+data, so nearly all comes from disk.
+
+fio reads the store's own segment, by io_uring with O_DIRECT, the same size and depth, once into huge pages and once into its
+heap of 4 KiB pages. The client's landing has huge pages where the host set some aside; which it had is in the result.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import multiprocessing
+import os
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import numpy as np
 import results
 import typer
 from demo import BUILD, daemon
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
+from hga_kvd_proto import lane as layout
+from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
+from raw_io import fio_speed
 from rich.console import Console
 from rich.table import Table
 
 GEOMETRY = Geometry(layers=8, kv_heads=4, head_dim=128, dtype="bfloat16", model_fingerprint="bench")
-RUNS_A_FETCH, GROUPS_A_RUN = 128, 4
-RUN_BYTES = 32 << 10
+RECORD = GEOMETRY.record_bytes
+READS = 128
+SMALL = 8
+FIO = (
+    "fio --name=job --filename='{file}' --size={total} --bs={size} --rw={how} --direct=1 --ioengine=io_uring "
+    "--iodepth={depth} --norandommap --randrepeat=0 --time_based --runtime={ms}ms --output-format=json"
+)
+Values = dict[str, list[float]]
 
 
 def fill(connection: Connection, chunks: int) -> tuple[int, np.ndarray]:
@@ -40,76 +59,295 @@ def fill(connection: Connection, chunks: int) -> tuple[int, np.ndarray]:
     return session_id, data
 
 
-def fetch_rounds(
-    connection: Connection, session_id: int, data: np.ndarray, rounds: int, seed: int
-) -> tuple[float, float]:
-    """GB/s over `rounds` fetches, and the share of records that came from disk. Every byte is compared, outside the time."""
-    chance = np.random.default_rng(seed)
+def some_keys(chance: np.random.Generator, chunks: int, runs: int, groups: int) -> np.ndarray:
+    """`runs` random runs of `groups` neighbouring groups, [runs * groups]."""
     g = GEOMETRY
+    places = chance.choice(chunks * g.layers * g.kv_heads, runs, replace=False)
+    chunk, layer, head = np.unravel_index(places, (chunks, g.layers, g.kv_heads))
+    keys = np.zeros((runs, groups), KEY_DTYPE)
+    first = chance.integers(0, g.groups_per_chunk - groups + 1, (runs, 1))
+    keys["group"] = chunk[:, None] * g.groups_per_chunk + first + np.arange(groups)
+    keys["layer"], keys["kv_head"] = layer[:, None], head[:, None]
+    return keys.reshape(-1)
+
+
+def fetched(connection: Connection, session_id: int, data: np.ndarray, keys: np.ndarray) -> tuple[float, int]:
+    """Seconds of one fetch, and how many records came from disk. Raises when a byte is wrong."""
+    g = GEOMETRY
+    started = time.perf_counter()
+    answer = connection.fetch(session_id, keys)
+    took = time.perf_counter() - started
+    chunk, group = np.divmod(keys["group"], g.groups_per_chunk)
     view = data.reshape(len(data), g.layers, g.kv_heads, g.groups_per_chunk, g.record_bytes)
-    elapsed, disk_records = 0.0, 0
-    for _ in range(rounds):
-        places = chance.choice(len(data) * g.layers * g.kv_heads, RUNS_A_FETCH, replace=False)
-        chunk, layer, head = np.unravel_index(places, (len(data), g.layers, g.kv_heads))
-        keys = np.zeros((RUNS_A_FETCH, GROUPS_A_RUN), KEY_DTYPE)
-        keys["group"] = chunk[:, None] * g.groups_per_chunk + np.arange(GROUPS_A_RUN)
-        keys["layer"], keys["kv_head"] = layer[:, None], head[:, None]
+    if answer.statuses is not None or not np.array_equal(
+        answer.records, view[chunk, keys["layer"], keys["kv_head"], group]
+    ):
+        raise RuntimeError("wrong bytes")
+    return took, answer.nvme_records
+
+
+def fetch_rounds(
+    connection: Connection, session_id: int, data: np.ndarray, rounds: int, seed: int, groups: int = 4
+) -> tuple[float, float]:
+    """GB/s over `rounds` fetches of 128 runs, and the share of records that came from disk."""
+    chance = np.random.default_rng(seed)
+    times = [fetched(connection, session_id, data, some_keys(chance, len(data), READS, groups)) for _ in range(rounds)]
+    records = rounds * READS * groups
+    return records * RECORD / sum(t for t, _ in times) / 1e9, sum(n for _, n in times) / records
+
+
+def microseconds(call: Callable[[], object], count: int) -> list[float]:
+    """p50 and p99 of `count` calls."""
+    times = []
+    for _ in range(count):
         started = time.perf_counter()
-        fetched = connection.fetch(session_id, keys.reshape(-1))
-        elapsed += time.perf_counter() - started
-        disk_records += fetched.nvme_records
-        if fetched.statuses is not None or not np.array_equal(
-            fetched.records, view[chunk, layer, head].reshape(-1, g.record_bytes)
-        ):
-            raise RuntimeError("wrong bytes")
-    total = rounds * RUNS_A_FETCH
-    return total * RUN_BYTES / elapsed / 1e9, disk_records / (total * GROUPS_A_RUN)
+        call()
+        times.append(time.perf_counter() - started)
+    return [1e6 * float(np.quantile(times, q)) for q in (0.5, 0.99)]
 
 
-def fio(path: Path, size: int, depth: int, seconds: int) -> float:
-    """GB/s of fio's random direct reads of 32 KiB by io_uring."""
-    command = ["fio", "--name=read", f"--filename={path}", "--ioengine=io_uring", "--direct=1", "--rw=randread"]
-    command += [f"--bs={RUN_BYTES}", f"--iodepth={depth}", f"--size={size}", "--time_based", f"--runtime={seconds}"]
-    ran = subprocess.run([*command, "--output-format=json"], capture_output=True, text=True, check=True)
-    answer: dict[str, Any] = json.loads(ran.stdout[ran.stdout.index("{") :])
-    return float(answer["jobs"][0]["read"]["bw_bytes"]) / 1e9
+def _echo(memory: Any, bells: tuple[int, int, int], count: int) -> None:
+    words = memoryview(memory)
+    mine = words[layout.COMPLETIONS_POSTED :][:8].cast("Q")
+    watch = layout.Watch(words, layout.REQUESTS_POSTED, bells[0], bells[2])
+    for number in range(count):
+        watch.wait(number)
+        mine[0] = number + 1
+        os.eventfd_write(bells[1], 1)
+
+
+def bare_ring(count: int) -> list[float]:
+    """p50 and p99, us, of a round trip of the lane's counters and bells between two processes, with nothing behind it."""
+    memory = mmap.mmap(-1, 4096)
+    bells = (os.eventfd(0), os.eventfd(0), os.eventfd(0))
+    echo = multiprocessing.get_context("fork").Process(target=_echo, args=(memory, bells, count))
+    echo.start()
+    words = memoryview(memory)
+    mine = words[layout.REQUESTS_POSTED :][:8].cast("Q")
+    watch = layout.Watch(words, layout.COMPLETIONS_POSTED, bells[1], bells[2])
+    done = 0
+
+    def trip() -> None:
+        nonlocal done
+        mine[0] = done + 1
+        os.eventfd_write(bells[0], 1)
+        watch.wait(done)
+        done += 1
+
+    times = microseconds(trip, count)
+    echo.join(10)
+    watch.close()
+    for bell in bells:
+        os.close(bell)
+    return times
+
+
+def landing_is_huge() -> bool:
+    """Whether this host has huge pages set aside, which is where a landing gets them."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return any(line.startswith("HugePages_Total:") and int(line.split()[1]) > 0 for line in lines)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def from_ram(target: str, values: Values, calls: int) -> None:
+    """One round of the RAM cases."""
+    chance = np.random.default_rng(3)
+    p50, p99 = bare_ring(calls)
+    values.setdefault("bare ring, p50 us", []).append(p50)
+    values.setdefault("bare ring, p99 us", []).append(p99)
+    with grpc.insecure_channel(target) as channel:
+        stub = kvd_pb2_grpc.KvdStub(channel)
+        for transport in ("auto", "shared"):
+            connection = Connection(target, transport=transport)
+            session_id = connection.open("", GEOMETRY).session_id
+            data = chance.integers(0, 256, (16, GEOMETRY.chunk_bytes), np.uint8)
+            connection.append(session_id, 0, 16, data.reshape(-1))
+            small = some_keys(chance, 16, SMALL, 1)
+            fetched(connection, session_id, data, small)
+            name = "lane" if connection.transport == "lane" else "gRPC"
+            p50, p99 = microseconds(lambda: connection.fetch(session_id, small), calls)  # noqa: B023
+            values.setdefault(f"8 x 8 KiB RAM, {name}, p50 us", []).append(p50)
+            values.setdefault(f"8 x 8 KiB RAM, {name}, p99 us", []).append(p99)
+            if name == "gRPC":
+                empty = kvd_pb2.FetchRequest(session_id=session_id)
+                p50, _ = microseconds(lambda: stub.Fetch(empty), calls)  # noqa: B023
+                values.setdefault("empty gRPC call, p50 us", []).append(p50)
+            else:
+                large = some_keys(chance, 16, READS, 4)
+                copy = np.empty(READS * 4 * RECORD, np.uint8)
+                source = data.reshape(-1)[: copy.nbytes]
+                fetched(connection, session_id, data, large)
+                ours, _ = microseconds(lambda: connection.fetch(session_id, large), 100)  # noqa: B023
+                theirs, _ = microseconds(lambda: np.copyto(copy, source), 100)  # noqa: B023
+                values.setdefault("128 x 32 KiB RAM, lane over memcpy", []).append(theirs / ours)
+            connection.disconnect()
+
+
+def from_disk(
+    connection: Connection,
+    target: str,
+    session_id: int,
+    data: np.ndarray,
+    segment: Path,
+    values: Values,
+    rounds: int,
+    seed: int,
+    depth: int,
+    pid: int,
+) -> None:
+    """One round of the disk cases."""
+    for groups in (4, 1):
+        size = groups * RECORD
+        of_fio = {}
+        for kind in ("huge", "plain"):
+            job = FIO.format(file=segment, total=segment.stat().st_size, size=size, how="randread", depth=depth, ms=700)
+            speed = fio_speed(job, depth * size, kind)
+            if speed is not None:
+                of_fio[kind] = speed
+        before = cpu_seconds(pid)
+        speed, share = fetch_rounds(connection, session_id, data, rounds, seed, groups)
+        used = cpu_seconds(pid) - before
+        name = f"128 x {size >> 10} KiB NVMe"
+        values.setdefault(f"{name}, GB/s", []).append(speed)
+        values.setdefault(f"{name}, from disk", []).append(share)
+        values.setdefault(f"{name}, daemon CPU s/GB", []).append(used / (rounds * READS * size / 1e9))
+        for kind, theirs in of_fio.items():
+            values.setdefault(f"{name}, over fio, {kind} pages", []).append(speed / theirs)
+    chance = np.random.default_rng(seed + 1000)
+    times = [fetched(connection, session_id, data, some_keys(chance, len(data), READS, 4))[0] for _ in range(rounds)]
+    p50, p99 = np.quantile(times, (0.5, 0.99))
+    values.setdefault("128 x 32 KiB NVMe, p99 over p50", []).append(float(p99 / p50))
+    append_and_flush(connection, segment, values)
+    fairness(connection, target, session_id, data, values, seed, rounds)
+
+
+def append_and_flush(connection: Connection, segment: Path, values: Values) -> None:
+    """64 MiB in appends of 8 chunks and one flush, beside fio's sequential write of the same bytes and its fdatasync."""
+    session_id = connection.open("written", GEOMETRY).session_id
+    count, part = 64, 8
+    payload = connection.append_buffer(part * GEOMETRY.chunk_bytes)
+    payload[:] = np.random.default_rng(4).integers(0, 256, payload.nbytes, np.uint8)
+    started = time.perf_counter()
+    for first in range(0, count, part):
+        payload[:8] = first  # else all chunks after the first part would be stored already
+        connection.append(session_id, first, part, payload)
+    connection.flush(session_id)
+    speed = count * GEOMETRY.chunk_bytes / (time.perf_counter() - started) / 1e9
+    connection.delete(session_id)
+    place = segment.with_name(".fio-write")
+    size = count * GEOMETRY.chunk_bytes
+    command = ["fio", "--name=w", f"--filename={place}", f"--size={size}", "--bs=1m", "--rw=write", "--direct=1"]
+    command += ["--ioengine=io_uring", "--iodepth=16", "--end_fsync=1", "--output-format=json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    place.unlink()
+    job = json.loads(ran.stdout[ran.stdout.index("{") :])["jobs"][0]
+    values.setdefault("append + flush, GB/s", []).append(speed)
+    values.setdefault("append + flush, over fio", []).append(speed / (size / (job["job_runtime"] / 1e3) / 1e9))
+
+
+def fairness(
+    connection: Connection, target: str, session_id: int, data: np.ndarray, values: Values, seed: int, rounds: int
+) -> None:
+    """p99 of fetches of 8 records from disk, alone and beside a client that fetches 512 records without a pause."""
+    chance = np.random.default_rng(seed + 2000)
+
+    def p99() -> float:
+        times = [fetched(connection, session_id, data, some_keys(chance, len(data), SMALL, 1))[0] for _ in range(200)]
+        return 1e6 * float(np.quantile(times, 0.99))
+
+    alone = p99()
+    bulk = multiprocessing.get_context("spawn").Process(target=_bulk, args=(target, len(data), seed), daemon=True)
+    bulk.start()
+    time.sleep(2.0)
+    beside = p99()
+    bulk.terminate()
+    bulk.join(10)
+    values.setdefault("8 x 8 KiB NVMe, p99 us", []).append(alone)
+    values.setdefault("8 x 8 KiB NVMe, p99 beside bulk over alone", []).append(beside / alone)
+
+
+def _bulk(target: str, chunks: int, seed: int) -> None:
+    connection = Connection(target)
+    session_id = connection.open("bench", GEOMETRY).session_id
+    chance = np.random.default_rng(seed + 3000)
+    while True:
+        connection.fetch(session_id, some_keys(chance, chunks, READS, 4))
+
+
+# Each with its target, and whether the number must be at most (True) or at least that.
+TARGETS = {
+    "8 x 8 KiB RAM, lane, p50 us": (40, True),
+    "8 x 8 KiB RAM, lane, p99 us": (150, True),
+    "128 x 32 KiB RAM, lane over memcpy": (0.80, False),
+    "128 x 32 KiB NVMe, over fio, huge pages": (0.90, False),
+    "128 x 8 KiB NVMe, over fio, huge pages": (0.90, False),
+    "128 x 32 KiB NVMe, daemon CPU s/GB": (0.15, True),
+    "128 x 32 KiB NVMe, p99 over p50": (2.5, True),
+    "append + flush, over fio": (0.85, False),
+    "8 x 8 KiB NVMe, p99 beside bulk over alone": (2.0, True),
+    "lane over bare ring": (8, True),
+    "gRPC fetch over empty gRPC call": (1.3, True),
+}
 
 
 def main(
-    chunks: Annotated[int, typer.Option(help="of 1 MiB each")] = 1024,
-    repeats: Annotated[int, typer.Option(help="client and fio in turns", min=1)] = 5,
-    rounds: Annotated[int, typer.Option(help="fetches a repeat", min=1)] = 40,
+    chunks: Annotated[int, typer.Option(help="of 1 MiB each")] = 512,
+    repeats: Annotated[int, typer.Option(help="rounds of all cases", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="fetches of 128 reads a round", min=1)] = 40,
+    calls: Annotated[int, typer.Option(help="small fetches a round", min=10)] = 2000,
     depth: Annotated[int, typer.Option(help="reads in flight, the daemon's and fio's")] = 64,
 ) -> None:
-    """Prints GB/s of both and their ratio, medians; appends to bench/results/fetch.jsonl."""
+    """Prints the medians beside their targets; appends to bench/results/fetch.jsonl."""
     (BUILD / "bench").mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=BUILD / "bench"))
-    ours, theirs, shares = [], [], []
+    ram = max(16, chunks // 16)
+    values: Values = {}
     try:
-        ram = max(16, chunks // 16)
-        with daemon(place, f"{ram}MiB", "--nvme-max", f"{2 * chunks + 1024}MiB") as target:
+        (place / "ram").mkdir()
+        with (
+            daemon(place, f"{ram}MiB", "--nvme-max", f"{2 * chunks + 1024}MiB") as target,
+            daemon(place / "ram", "256MiB") as ram_target,
+        ):
             connection = Connection(target)
+            pid = int(subprocess.check_output(["pgrep", "-f", f"listen {target}"], text=True).split()[0])
             session_id, data = fill(connection, chunks)
-            segment = max((place / "kv").glob("segment-*"), key=lambda path: path.stat().st_size)
+            segment = min(
+                (place / "kv").glob("segment-*")
+            )  # the first is full; fio would not read what was only reserved
             for repeat in range(repeats):
-                theirs.append(fio(segment, segment.stat().st_size, depth, 2))
-                speed, share = fetch_rounds(connection, session_id, data, rounds, repeat)
-                ours.append(speed)
-                shares.append(share)
+                from_ram(ram_target, values, calls)
+                from_disk(connection, target, session_id, data, segment, values, rounds, repeat, depth, pid)
             transport = connection.transport
             connection.disconnect()
     finally:
         shutil.rmtree(place)
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    table = Table(title=f"{RUNS_A_FETCH} x 32 KiB random, from disk, {depth} in flight")
-    for name in ("", "median", "lowest", "highest"):
-        table.add_column(name, justify="right")
-    for name, values in (("hga-kvd, GB/s", ours), ("fio, GB/s", theirs), ("ratio", ratios), ("from disk", shares)):
-        table.add_row(name, *(f"{f(values):.2f}" for f in (statistics.median, min, max)))
-    Console().print(table)
+    pairs = {
+        "lane over bare ring": ("8 x 8 KiB RAM, lane, p50 us", "bare ring, p50 us"),
+        "gRPC fetch over empty gRPC call": ("8 x 8 KiB RAM, gRPC, p50 us", "empty gRPC call, p50 us"),
+    }
+    for name, (over, under) in pairs.items():
+        values[name] = [a / b for a, b in zip(values[over], values[under], strict=True)]
+    table = Table(title=f"medians of {repeats}, {depth} in flight, load {os.getloadavg()[0]:.1f}")
+    for name in ("", "median", "lowest", "highest", "target", "held"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, found in values.items():
+        limit, at_most = TARGETS.get(name, (None, True))
+        median = statistics.median(found)
+        held = "" if limit is None else "yes" if (median <= limit) == at_most or median == limit else "no"
+        shown = "" if limit is None else f"{'<=' if at_most else '>='} {limit}"
+        table.add_row(name, *(f"{f(found):.3g}" for f in (statistics.median, min, max)), shown, held)
+    Console(width=120).print(table)
     config = {"chunks": chunks, "ram_mib": ram, "rounds": rounds, "depth": depth, "transport": transport}
-    numbers = {"ours_gbs": ours, "fio_gbs": theirs, "ratio": statistics.median(ratios), "disk_share": shares}
-    results.append("fetch", config, numbers, BUILD)
+    config |= {
+        "landing": "huge pages" if landing_is_huge() else "4 KiB pages",
+        "calls": calls,
+        "load_average": os.getloadavg()[0],
+    }
+    results.append("fetch", config, values, BUILD)
 
 
 if __name__ == "__main__":
