@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from hga_kvd import liburing_engine
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from wire import append, open_session, payload_of
 
@@ -80,6 +81,11 @@ def test_the_ready_line(daemon):
 
 @pytest.mark.parametrize("engine", ["uring", "liburing", "posix"])
 def test_the_io_engine_is_chosen(daemon, engine):
+    if engine == "liburing" and liburing_engine.crash():
+        refused = daemon("--io-engine", engine, start=False).run()
+        assert refused.returncode == 2
+        assert "built for another CPU" in refused.stderr
+        return
     running = daemon("--io-engine", engine)
     assert running.events("ready")[0]["io_engine"] == engine
 
