@@ -165,6 +165,11 @@ class Connection:
             return "bytes"
         return "shared" if self._region.lane is None else "lane"
 
+    @property
+    def landing(self) -> Bytes | None:
+        """The shared memory in which fetched records arrive; None where they come as bytes. Another after a restart."""
+        return self._region.fetch_part if self._region is not None else None
+
     def notice_replacement(self) -> bool:
         """Asks the daemon how long it has run. Returns whether it was replaced since that was last asked."""
         before = self._generation

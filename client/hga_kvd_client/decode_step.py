@@ -19,12 +19,14 @@ Shared by the layers: buffers of the parts and lists. Per layer: the bank (recor
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,7 @@ from hga_kvd_client.kernels import sketch as sketch_kernels
 from hga_kvd_client.kernels.hga import open_hga
 from hga_kvd_client.sketch import SketchSpec
 
+logger = logging.getLogger("hga_kvd_client")
 # Torch has no types for some of it.
 cuda: Any = torch.cuda
 
@@ -184,7 +187,7 @@ class DecodeStep:
         self._mail = torch.zeros(layers, words, dtype=torch.int64, pin_memory=pinned)
         self._mail_host = self._mail.numpy()
         self._staging = torch.empty(kv_heads * most * geometry.record_bytes // 8, dtype=torch.int64, pin_memory=pinned)
-        self._landing: Tensor | None = None  # registered
+        self._landing: _Registered | None = None
         self._source = self._staging
 
         pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
@@ -256,7 +259,7 @@ class DecodeStep:
         self._mail_host[layer, bank.MAIL_OFFSET] = offset
         work = partial(self._land, layer, source)
         if self._on_gpu:
-            self._lands[layer].run(work, self._version if source is self._landing else -self._version)
+            self._lands[layer].run(work, self._version if source is not self._staging else -self._version)
             self._reading = True
         else:
             work()
@@ -287,15 +290,9 @@ class DecodeStep:
         """Makes the memory where fetched records arrive readable by the device; None: there is none."""
         if not self._on_gpu or landing is None:
             return
-        if self._landing is not None:
-            if self._landing.data_ptr() == landing.ctypes.data and self._landing.nbytes == landing.nbytes:
-                return
-            torch.cuda.synchronize()
-            _unregister(self._landing)
-        self._landing = torch.from_numpy(landing).view(torch.int64)
-        self._places = []  # graphs that read the old one are made again
-        if not _register(self._landing):
-            self._landing = None
+        if self._landing is None or self._landing.place != landing.ctypes.data:
+            self._landing = _Registered.of(landing)
+            self._places = []  # graphs that read the old one are made again
 
     def resident_bytes(self) -> int:
         """Bytes on the device: bank, tables, buffers of the step."""
@@ -379,10 +376,10 @@ class DecodeStep:
 
     def _placed(self, records: Bytes) -> tuple[Tensor, int]:
         """Where the device reads them: the source tensor and the offset into it, in bytes."""
-        if self._landing is not None:
-            offset = records.ctypes.data - self._landing.data_ptr()
-            if offset >= 0 and offset + records.nbytes <= self._landing.nbytes and offset % 8 == 0:
-                return self._landing, offset
+        if self._landing is not None and self._landing.words is not None:
+            offset = records.ctypes.data - self._landing.place
+            if offset >= 0 and offset + records.nbytes <= self._landing.words.nbytes and offset % 8 == 0:
+                return self._landing.words, offset
         if self._on_gpu:
             torch.cuda.current_stream().synchronize()  # an earlier layer may still read it
         self._staging.numpy().view(np.uint8)[: records.nbytes] = records.reshape(-1)
@@ -402,12 +399,32 @@ class DecodeStep:
             self._mask = torch.empty(kv_heads, groups, dtype=torch.bool, device=self._device)
 
 
-def _register(memory: Tensor) -> bool:
-    """Whether the device can now read this host memory in place."""
-    runtime: Any = cuda.cudart()
-    return bool(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 2)) == 0)  # 2: mapped
+class _Registered:
+    """Host memory that the device reads in place, for as long as somebody holds this. One for all sessions of a landing.
 
+    words: int64; None where the driver refused.
+    """
 
-def _unregister(memory: Tensor) -> None:
-    runtime: Any = cuda.cudart()
-    runtime.cudaHostUnregister(memory.data_ptr())
+    _known: WeakValueDictionary[int, _Registered] = WeakValueDictionary()
+
+    def __init__(self, memory: Bytes) -> None:
+        self.place = memory.ctypes.data
+        self._runtime: Any = cuda.cudart()
+        self.words: Tensor | None = torch.from_numpy(memory).view(torch.int64)
+        if int(self._runtime.cudaHostRegister(self.place, memory.nbytes, 2)):  # 2: mapped
+            logger.warning("the device cannot read the landing in place; fetched records are copied once more")
+            self.words = None
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")  # torch would raise the refusal at its next launch
+
+    @classmethod
+    def of(cls, memory: Bytes) -> _Registered:
+        known = cls._known.get(memory.ctypes.data)
+        if known is None:
+            known = cls._known[memory.ctypes.data] = cls(memory)
+        return known
+
+    def __del__(self) -> None:
+        if self.words is not None:
+            torch.cuda.synchronize()
+            self._runtime.cudaHostUnregister(self.place)

@@ -62,6 +62,8 @@ class Stored:
         z = torch.bmm(q * SCALE, state.to_z.transpose(1, 2))
         estimated = log_mass(state.spec, z, (z * state.centre[:, None]).sum(2), state.records[:, first:end])
         near = window_log_mass(q * SCALE, self.window[layer, 0, :, :window_tokens])
+        everything = torch.logaddexp(estimated.logsumexp(2), near)
+        self.mass = (estimated - everything[..., None]).exp().sum(1)
         return route_sketch(estimated, near, state.budget)
 
     def fetch(self, keys: np.ndarray, into: np.ndarray) -> np.ndarray:
@@ -87,10 +89,18 @@ def run(router: str, calls, steps: int, slots: int, budget: int = 12, registered
             k, v = stored.window[layer]
             step.start(layer, stored.q[layer].to(DEVICE))
             keys = step.misses(layer)
-            mask = stored.mask(layer, window_tokens, SINKS, end)
-            opened = {(h, g + SINKS * 4) for h, g in mask.nonzero().tolist()}
             groups, counts = step.opened(layer)
-            assert {(h, g) for h in range(KV_HEADS) for g in groups[h, : counts[h]].tolist()} == opened
+            opened = {(h, g) for h in range(KV_HEADS) for g in groups[h, : counts[h]].tolist()}
+            plain = stored.mask(layer, window_tokens, SINKS, end)
+            differ = opened ^ {(h, g + SINKS * 4) for h, g in plain.nonzero().tolist()}
+            # The kernel rounds the query to float16: the last of the budget may be another of nearly the same mass.
+            assert not differ or (router == "sketch" and calls is KERNELS and len(differ) == 2)
+            assert len(opened) == plain.sum()
+            mask = torch.zeros_like(plain)
+            for head, group in opened:
+                mask[head, group - SINKS * 4] = True
+            for head, group in differ:
+                assert abs(stored.mass[head, group - SINKS * 4] / stored.mass[mask].min() - 1) < 0.01
             assert step.opened_count(layer) == len(opened)
             missing = set(zip(keys["kv_head"].tolist(), keys["group"].tolist(), strict=True))
             assert missing <= opened

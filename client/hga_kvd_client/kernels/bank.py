@@ -180,8 +180,8 @@ def _place(
     tl.store(late_counts + head, misses)
 
     # Misses of all heads in one list.
-    base = tl.atomic_add(totals + 1, misses)
-    tl.atomic_add(totals + 2, own)
+    base = tl.atomic_add(totals + 1, misses, sem="relaxed")
+    tl.atomic_add(totals + 2, own, sem="relaxed")
     tl.store(rows + base + number, head * slots + fresh, mask=miss)
     wire = group.to(tl.int64) | (head.to(tl.int64) << 32) | (layer.to(tl.int64) << 48)
     tl.store(mailbox + 8 + base + number, wire, mask=miss)
@@ -306,4 +306,4 @@ def land_twin(source: Tensor, mailbox: Tensor, lists: Lists, records: Tensor) ->
     rows = lists.rows[: int(lists.totals[0])].long()
     words = records.view(torch.int64).flatten(0, 1).flatten(1)
     offset = int(mailbox[MAIL_OFFSET]) // 8
-    words[rows] = source[offset : offset + rows.shape[0] * words.shape[1]].view(-1, words.shape[1])
+    words[rows] = source[offset : offset + rows.shape[0] * words.shape[1]].view(-1, words.shape[1]).to(words.device)
