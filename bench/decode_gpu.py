@@ -123,7 +123,7 @@ class Sequence:
         start = wait = fetch = land = written = 0.0
         misses = opened = 0
         begun = clock()
-        step.begin(self.window, self.states, self.scale, self.window_tokens, SINK_CHUNKS * per_chunk, self.groups)
+        step.begin(0, self.window, self.states, self.scale, self.window_tokens, SINK_CHUNKS * per_chunk, self.groups)
         places = self.window[:, :, :, self.window_tokens - 1 :][:, :, :, :1].unbind(0)
         for layer in range(self.geometry.layers):
             t0 = clock()
@@ -149,8 +149,8 @@ class Sequence:
         synchronize(self.device)
         done = clock()
         return {
-            "total": done - begun, "write": written, "launch": start + land - written, "sync": wait + done - t0, "fetch": fetch,
-            "misses": misses, "opened": opened,
+            "total": done - begun, "write": written, "launch": start + land - written, "sync": wait + done - t0,
+            "fetch": fetch, "misses": misses, "opened": opened,
         }  # fmt: skip
 
     def calibrated(self, hit_rate: float) -> float:
@@ -282,7 +282,7 @@ def naive_s(geometry: Geometry, ratio: int, chunks: int, device: torch.device, l
 
 def measure(sequence: Sequence, rho: float, steps: int) -> dict[str, float]:
     """Medians over steps, in ms, at one rho; the bank is warm."""
-    for _ in range(6):
+    for _ in range(30 if sequence.device.type == "cuda" else 1):
         sequence.token(sequence.drift(rho))
     found = []
     for _ in range(steps):

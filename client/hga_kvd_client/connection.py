@@ -141,6 +141,8 @@ class Connection:
         self._share = transport != "bytes" and self._socket is not None
         self._want_lane = transport == "auto" and layout.supported()
         self._region: Region | None = None
+        # Waits until a device has read the records of the last fetch in place; called before they are written over.
+        self.reader: Callable[[], None] | None = None
         self._retired: list[Region] = []
         self._limits: dict[int, _Limits] = {}
         self._unanswered: dict[int, tuple[int, int]] = {}  # session -> chunks of an append that got no answer
@@ -364,6 +366,9 @@ class Connection:
 
         Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, DeadlineExceeded.
         """
+        if self.reader is not None:
+            reader, self.reader = self.reader, None
+            reader()
         region = self._region
         if region is not None and region.lane is not None and not region.busy:
             # A lane notices the end of its daemon itself; asking the socket first would cost half of a small fetch.

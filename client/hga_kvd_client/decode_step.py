@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -152,7 +152,7 @@ class DecodeStep:
         layers, kv_heads, dim = geometry.layers, geometry.kv_heads, geometry.head_dim
         most = 1 << max(4, (most - 1).bit_length())
         assert most <= slots, "everything opened in a step must fit in the bank"
-        self.most = most
+        self.most, self.token = most, -1
         self._geometry, self._device = geometry, device
         self._on_gpu = device.type == "cuda"
         self._calls = calls or (KERNELS if self._on_gpu else TWINS)
@@ -198,11 +198,12 @@ class DecodeStep:
         self._step = 0
         self._window, self._scale = empty(0), 0.0
         self._states: Sequence[State] = ()
-        self._places: list[float] = []
+        self._moved = True
         self._version = 0
 
     def begin(
         self,
+        token: int,
         window: Tensor,
         states: Sequence[State],
         scale: float,
@@ -212,15 +213,16 @@ class DecodeStep:
     ) -> None:
         """Before the first layer of a token: what the layers of this step see.
 
-        window: [layers, K and V, kv_heads, capacity, head_dim], the first window_tokens of it. states: one a layer.
+        token: the caller's number of it, kept as `token`.
+        window: [layers, K and V, kv_heads, capacity, head_dim], the first window_tokens of it. states: one a layer. While
+        both are the same objects as before, their tensors must be where they were.
         groups: how many may be opened, from first_group on.
         """
-        self._window, self._states, self._scale = window, states, scale
-        self._reserve(states[0])
-        places = [scale, window.shape[3], window.data_ptr(), self._log_mass.data_ptr(), self._mask.data_ptr()]
-        places += [t.data_ptr() for state in states for t in state.tensors()]
-        if places != self._places:
-            self._places, self._version = places, self._version + 1
+        self.token = token
+        if self._moved or window is not self._window or states is not self._states or scale != self._scale:
+            self._window, self._states, self._scale = window, states, scale
+            self._reserve(states[0])
+            self._version, self._moved = self._version + 1, False
         self._step += 1
         numbers = self._control_numbers
         numbers[WINDOW_TOKENS], numbers[FIRST_GROUP], numbers[GROUPS], numbers[STEP] = (
@@ -283,8 +285,17 @@ class DecodeStep:
         return int(self._mail_host[layer, bank.MAIL_OPENED])
 
     def abandon(self, layer: int) -> None:
-        """Forgets what the layer's bank holds: a fetch failed, or groups are no longer what they were."""
+        """Forgets what the layer's bank holds: a fetch failed."""
         self._tables[layer].forget()
+
+    def forget(self) -> None:
+        """Forgets what all banks hold: groups are no longer what they were."""
+        for tables in self._tables:
+            tables.forget()
+
+    def fits(self, ratio: int, window_capacity: int) -> bool:
+        """Whether it was made for such queries, and for a window of this size."""
+        return self._q.shape[1] == ratio and window_capacity <= self._near * PART_KEYS
 
     def register(self, landing: Bytes | None) -> None:
         """Makes the memory where fetched records arrive readable by the device; None: there is none."""
@@ -292,7 +303,7 @@ class DecodeStep:
             return
         if self._landing is None or self._landing.place != landing.ctypes.data:
             self._landing = _Registered.of(landing)
-            self._places = []  # graphs that read the old one are made again
+            self._moved = True  # graphs that read the old one are made again
 
     def resident_bytes(self) -> int:
         """Bytes on the device: bank, tables, buffers of the step."""
@@ -405,7 +416,7 @@ class _Registered:
     words: int64; None where the driver refused.
     """
 
-    _known: WeakValueDictionary[int, _Registered] = WeakValueDictionary()
+    _known: ClassVar[WeakValueDictionary[int, _Registered]] = WeakValueDictionary()
 
     def __init__(self, memory: Bytes) -> None:
         self.place = memory.ctypes.data

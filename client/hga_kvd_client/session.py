@@ -26,7 +26,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +45,16 @@ from hga_kvd_client.stats import SessionStats
 from hga_kvd_client.summaries import Summaries, Turns, mixed_mean
 from hga_kvd_client.window import Window
 
+if TYPE_CHECKING:
+    from hga_kvd_client.decode_step import DecodeStep, State
+
 logger = logging.getLogger("hga_kvd_client")
 Answer = TypeVar("Answer")
 
 # The paper's summaries: per chunk [layers, kv_heads, 1 + groups_per_chunk, head_dim] in the dtype of the K/V.
 SUMMARY_KIND = "hga.v1"
+# Where a token takes the device's step. Tests add the CPU, where it runs the twins.
+STEP_DEVICES = {"cuda"}
 # Replacements of the daemon that one call survives before it gives up.
 RECOVERIES_MAX = 3
 
@@ -106,7 +111,11 @@ class Session:
         )
         self._summaries = Summaries(*shape, geometry.groups_per_chunk, geometry.head_dim, dtype, device)
         self._banks: list[Bank] = []  # made at the first routed step: prefill needs none
-        self._opened: list[tuple[int, Tensor] | None] = [None] * geometry.layers  # first group, mask
+        # First group and mask, or the device step that knows.
+        self._opened: list[tuple[int, Tensor] | DecodeStep | None] = [None] * geometry.layers
+        self._device_step: DecodeStep | None = None  # made at the first routed step on a GPU
+        self._device_step_refused = False
+        self._states: tuple[Tensor, list[State]] | None = None  # and what they are views of
         self._chunk_turns = Turns.of_block(rope, geometry.chunk_tokens, geometry.chunk_tokens, device)
         self._group_turns = Turns.of_block(rope, geometry.group_tokens, geometry.chunk_tokens, device)
 
@@ -177,9 +186,13 @@ class Session:
         groups = self._chunks * self.geometry.groups_per_chunk
         everything = torch.zeros(self.geometry.kv_heads, groups, dtype=torch.bool, device=self._device)
         last = self._opened[layer]
-        if last is not None:
+        if isinstance(last, tuple):
             first, mask = last
             everything[:, first : first + mask.shape[1]] = mask
+        elif last is not None:
+            opened, counts = last.opened(layer)
+            real = torch.arange(opened.shape[1], device=self._device) < counts[:, None]
+            everything.scatter_(1, torch.where(real, opened, opened[:, :1]).long(), real | (counts[:, None] > 0))
         return everything
 
     # Going back, and branching.
@@ -305,6 +318,7 @@ class Session:
     def resident_bytes(self) -> int:
         """Bytes of K/V and of what stands for it in this process now: window, block at hand, bank, summaries."""
         banks = sum(bank.resident_bytes() for bank in self._banks)
+        banks += self._device_step.resident_bytes() if self._device_step is not None else 0
         return self._window.resident_bytes() + self._summaries.resident_bytes() + banks
 
     def full_bytes(self) -> int:
@@ -358,6 +372,9 @@ class Session:
 
     def _attend_routed(self, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
         """q: [kv_heads, ratio, head_dim]. Returns the same shape, float32."""
+        step = self._device_step_for(q)
+        if step is not None:
+            return self._attend_on_device(step, layer, q, scale, seen)
         window_k, window_v = self._window.layer(layer, seen)
         first, end = self._routable()
         if end <= first:
@@ -380,6 +397,75 @@ class Session:
         self.stats.routable_groups += mask.numel()
         self.stats.bank_bytes += (plan.opened - plan.misses) * geometry.record_bytes
         return decode_attention(q, window_k, window_v, scale, k, v, valid)
+
+    def _attend_on_device(self, step: DecodeStep, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
+        """As _attend_routed, with the kernels: what is resident is attended while the rest is fetched."""
+        geometry = self.geometry
+        first, end = self._routable()
+        groups = (end - first) * geometry.groups_per_chunk
+        if step.token != self._step:
+            step.register(self._connection.landing)
+            states, window = self._device_states(), self._window
+            first_group = first * geometry.groups_per_chunk
+            step.begin(self._step, window.everything, states, scale, window.place(seen), first_group, groups)
+        step.start(layer, q)
+        keys = step.misses(layer)
+        if len(keys):
+            try:
+                answer = self._fetch(keys)
+            except BaseException:
+                step.abandon(layer)
+                raise
+            step.land(layer, answer.records)
+            self._connection.reader = step.settle
+            self.stats.ram_bytes += answer.ram_records * geometry.record_bytes
+            self.stats.nvme_bytes += answer.nvme_records * geometry.record_bytes
+        opened = step.opened_count(layer)
+        self._opened[layer] = step
+        self.stats.opened_groups += opened
+        self.stats.routable_groups += groups * geometry.kv_heads
+        self.stats.bank_bytes += (opened - len(keys)) * geometry.record_bytes
+        return step.result().view(q.shape).clone()
+
+    def _device_step_for(self, q: Tensor) -> DecodeStep | None:
+        """The device's step, if this token can take it: on a GPU, with something to route, and room for what is opened."""
+        first, end = self._routable()
+        options, ratio = self.options, q.shape[1]
+        if (
+            self._device.type not in STEP_DEVICES
+            or self._device_step_refused
+            or end <= first
+            or options.router != "hga"
+        ):
+            return None
+        most = 1 << max(4, (ratio * options.topk_groups - 1).bit_length())
+        window = self._window.everything.shape[3]
+        if self._device_step is not None:
+            fits = self._device_step.fits(ratio, window)
+            return self._device_step if fits else None
+        if most > options.bank_groups:
+            return None
+        try:
+            from hga_kvd_client.decode_step import DecodeStep  # noqa: PLC0415
+        except ImportError as error:
+            logger.warning("decoding without kernels, slowly: %s", error)
+            self._device_step_refused = True
+            return None
+        self._device_step = DecodeStep(
+            self.geometry, ratio, options.bank_groups, most, window, self._dtype, self._device
+        )
+        return self._device_step
+
+    def _device_states(self) -> list[State]:
+        """What each layer routes with; the same list as long as nothing has moved."""
+        summaries, options = self._summaries, self.options
+        if self._states is None or self._states[0] is not summaries.groups:
+            from hga_kvd_client.decode_step import HgaState  # noqa: PLC0415
+
+            layers = zip(summaries.chunks, summaries.groups, strict=True)
+            states: list[State] = [HgaState(*both, options.topk_chunks, options.topk_groups) for both in layers]
+            self._states = (summaries.groups, states)
+        return self._states[1]
 
     def _attend_exact(self, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
         """q: [kv_heads, ratio, tokens, head_dim]. Returns the same shape, float32."""
@@ -543,6 +629,8 @@ class Session:
         self._summaries.truncate(chunks)
         for bank in self._banks:
             bank.forget(chunks * self.geometry.groups_per_chunk)
+        if self._device_step is not None:
+            self._device_step.forget()
         self._opened = [None] * self.geometry.layers
         self._chunks = chunks
         self._durable_chunks = min(self._durable_chunks, chunks)

@@ -74,6 +74,11 @@ class Window:
         end = self.place(tokens)
         return self._buffer[layer, 0, :, :end], self._buffer[layer, 1, :, :end]
 
+    @property
+    def everything(self) -> Tensor:
+        """All layers, with the room that is not used: [layers, K and V, kv_heads, capacity, head_dim]."""
+        return self._buffer
+
     def span(self, first: int, end: int) -> Tensor:
         """All layers of tokens first .. end-1, which must lie in one piece; [layers, 2, kv_heads, tokens, dim]."""
         assert self.holds(first, end)

@@ -47,6 +47,7 @@ class FakeConnection:
         self.generation = self.seen = self.daemon.starts
         self._append_bytes_max = append_bytes_max
         self._page_chunks = page_chunks
+        self.landing = self.reader = None
         self.fetched_keys = []  # one array a fetch
         self.damaged = set()  # (layer, kv_head, group)
         self.fail_next = None  # raised by the next call

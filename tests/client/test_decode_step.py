@@ -84,7 +84,7 @@ def run(router: str, calls, steps: int, slots: int, budget: int = 12, registered
         window_tokens = 150 + token
         end += token % 4 == 3
         stored.drift()
-        step.begin(stored.window, stored.states, SCALE, window_tokens, SINKS * 4, (end - SINKS) * 4)
+        step.begin(token, stored.window, stored.states, SCALE, window_tokens, SINKS * 4, (end - SINKS) * 4)
         for layer in range(GEOMETRY.layers):
             k, v = stored.window[layer]
             step.start(layer, stored.q[layer].to(DEVICE))
@@ -136,8 +136,8 @@ def test_a_fetch_that_failed_leaves_nothing_that_could_be_attended():
     stored = Stored("sketch", 12)
     step = DecodeStep(GEOMETRY, RATIO, 16, 12, WINDOW, torch.float32, DEVICE)
     wanted = []
-    for _ in range(3):
-        step.begin(stored.window, stored.states, SCALE, 150, SINKS * 4, 100)
+    for token in range(3):
+        step.begin(token, stored.window, stored.states, SCALE, 150, SINKS * 4, 100)
         step.start(0, stored.q[0].to(DEVICE))
         wanted.append(step.misses(0).copy())
         step.abandon(0)
