@@ -57,7 +57,7 @@ class Records:
 
 def main(
     directory: Annotated[Path, typer.Option(help="On the disk to measure.")] = results.ROOT / "build" / "bench",
-    record: Annotated[str, typer.Option(help="Bytes of one record.")] = "32KiB",
+    record_size: Annotated[str, typer.Option(help="Bytes of one record.")] = "32KiB",
     cold_size: Annotated[str, typer.Option(help="Bytes each store holds when cold.")] = "1GiB",
     hot_size: Annotated[str, typer.Option(help="Bytes each store holds when hot.")] = "256MiB",
     batch: Annotated[int, typer.Option(help="Records of one read.", min=1)] = 128,
@@ -80,13 +80,13 @@ def main(
     bar = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*bar, console=Console(stderr=True), transient=True) as progress:
         for state, size in (("cold", cold_size), ("hot", hot_size)):
-            shape = Shape(parse_size(size) // parse_size(record), parse_size(record), batch)
+            shape = Shape(parse_size(size) // parse_size(record_size), parse_size(record_size), batch)
             classes = {name: kind for name, kind in found.items() if state in kind.states}
             speeds[state] = measure(classes, directory, shape, state, batches, repeats, progress)
-    show(speeds, found, missing, f"{batch} random records of {record}, GB/s")
+    show(speeds, found, missing, f"{batch} random records of {record_size}, GB/s")
     if record_results:
         run = datetime.now(UTC).isoformat(timespec="seconds")
-        fixed = {"run": run, "record_bytes": parse_size(record), "batch": batch, "batches": batches}
+        fixed = {"run": run, "record_bytes": parse_size(record_size), "batch": batch, "batches": batches}
         sizes = {"cold_bytes": parse_size(cold_size), "hot_bytes": parse_size(hot_size)}
         for name in [*found, "fio"]:
             by_state = {f"{state}_gbs": of_state[name] for state, of_state in speeds.items() if name in of_state}
