@@ -6,6 +6,7 @@ A number without the machine that made it says nothing; this is the only file th
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ def append(bench: str, config: dict[str, Any], numbers: dict[str, Any], director
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(directory),
+        "load": round(os.getloadavg()[0], 1),  # processes that wanted a core in the last minute, the bench's own included
         "config": config,
         "numbers": numbers,
     }
