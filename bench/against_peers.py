@@ -118,6 +118,7 @@ def measure(
             peers[name] = kind(own, shape, state)
             stack.callback(peers[name].close)
             fill(peers[name], records)
+        os.sync()  # what is not written yet cannot be dropped from the page cache
         speeds: dict[str, list[float]] = {name: [] for name in peers}
         chance = np.random.default_rng(1)
         memory = out.reshape(shape.batch, shape.record_bytes)
@@ -155,7 +156,8 @@ def sample(peer: Peer, batches: list[Numbers], out: Bytes, records: Records) -> 
     for numbers in batches:
         if peer.state == "cold":
             peer.forget()
-            drop_page_cache()
+            if not peer.direct:
+                drop_page_cache()
         out[:] = 0
         start = time.perf_counter()
         read = peer.read(numbers, out)
@@ -168,7 +170,6 @@ def sample(peer: Peer, batches: list[Numbers], out: Bytes, records: Records) -> 
 def drop_page_cache() -> None:
     """Raises: SystemExit without the right to."""
     try:
-        os.sync()
         DROP_CACHES.write_text("1")
     except OSError as error:
         raise SystemExit(

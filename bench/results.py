@@ -25,7 +25,9 @@ def append(bench: str, config: dict[str, Any], numbers: dict[str, Any], director
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(directory),
-        "load": round(os.getloadavg()[0], 1),  # processes that wanted a core in the last minute, the bench's own included
+        "load": round(
+            os.getloadavg()[0], 1
+        ),  # processes that wanted a core in the last minute, the bench's own included
         "config": config,
         "numbers": numbers,
     }

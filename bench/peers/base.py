@@ -28,6 +28,7 @@ class Peer:
     read. hot: they come from memory, the page cache or the peer's own. states: those that the peer can be in."""
 
     states: ClassVar[tuple[State, ...]] = ("cold", "hot")
+    direct: ClassVar[bool] = False  # cold reads go past the page cache by themselves
 
     def __init__(self, place: Path, shape: Shape, state: State) -> None:
         self.place = place

@@ -19,6 +19,8 @@ GROUP_BYTES, LAYERS, KV_HEADS = 8192, 4, 4
 
 
 class HgaKvd(Peer):
+    direct = True
+
     def __init__(self, place: Path, shape: Shape, state: State) -> None:
         super().__init__(place, shape, state)
         self._groups = max(1, shape.record_bytes // GROUP_BYTES)

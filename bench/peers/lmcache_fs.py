@@ -16,6 +16,8 @@ DEADLINE_MS = 60_000
 
 
 class LmcacheFs(Peer):
+    direct = True
+
     def __init__(self, place: Path, shape: Shape, state: State) -> None:
         super().__init__(place, shape, state)
         self._place = place / "fs"

@@ -14,6 +14,8 @@ DEPTH = 256  # its example's
 
 
 class LmcacheRaw(Peer):
+    direct = True
+
     def __init__(self, place: Path, shape: Shape, state: State) -> None:
         super().__init__(place, shape, state)
         self._path = place / "records.bin"

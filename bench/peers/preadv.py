@@ -11,6 +11,8 @@ from peers.base import Bytes, Numbers, Peer, Shape, State
 
 
 class Preadv(Peer):
+    direct = True
+
     def __init__(self, place: Path, shape: Shape, state: State) -> None:
         super().__init__(place, shape, state)
         self.path = place / "records.bin"
