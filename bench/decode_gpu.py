@@ -143,7 +143,7 @@ class Sequence:
                     raise RuntimeError("a record came back damaged or late")
                 step.land(layer, answer.records)
                 fetch, land = fetch + t3 - t2, land + clock() - t3
-            self.out = step.result().to(self.dtype)
+            self.out = step.result(layer)
             misses, opened = misses + len(keys), opened + step.opened_count(layer)
         t0 = clock()
         synchronize(self.device)
@@ -186,9 +186,9 @@ class Sequence:
             records, slots = step.records[layer], step._part_slots
             out, lse = step._out, step._lse
             calls.paged_parts(q, records, lists.held, lists.held_counts, scale, slots, out[near:held], lse[near:held])
-            calls.merge(out[:held], lse[:held], step._merged, step._merged_lse)
+            calls.merge(out[:held], lse[:held], step._results[layer], step._lse_of_all)
             calls.paged_parts(q, records, lists.late, lists.late_counts, scale, slots, out[held:late], lse[held:late])
-            calls.merge(out, lse, step._merged, step._merged_lse)
+            calls.merge(out, lse, step._results[layer], step._lse_of_all)
 
         def copy(layer: int) -> None:
             place = step._staging if source is None else source

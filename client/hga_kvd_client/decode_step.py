@@ -4,7 +4,7 @@
     step.start(layer, q)           # queued: route, bank, attention to what is resident
     keys = step.misses(layer)      # the one synchronisation
     step.land(layer, records)      # only if there are misses: their bytes to the bank, and attention to them
-    out = step.result()
+    out = step.result(layer)
 
 What always holds:
 - Attention is over [window | opened groups], in parts; what is resident is attended while the misses travel, and the
@@ -173,7 +173,7 @@ class DecodeStep:
         paged = -(-most // self._part_slots)
         self._early = self._near + paged
         self._out, self._lse = empty(self._early + paged, heads, dim), empty(self._early + paged, heads)
-        self._merged, self._merged_lse = empty(heads, dim), empty(heads)
+        self._results, self._lse_of_all = empty(layers, heads, dim, kind=dtype), empty(heads)
 
         # Of the sketch's selection; grows with its state.
         self._log_mass = self._mass = self._group_lse = empty(0)
@@ -272,9 +272,9 @@ class DecodeStep:
             torch.cuda.current_stream().synchronize()
             self._reading = False
 
-    def result(self) -> Tensor:
-        """Attention of the layer at hand, [heads, head_dim], float32; overwritten by the next."""
-        return self._merged
+    def result(self, layer: int) -> Tensor:
+        """Attention of the layer, [heads, head_dim] in the dtype of K and V; overwritten by its next token."""
+        return self._results[layer]
 
     def opened(self, layer: int) -> tuple[Tensor, Tensor]:
         """Groups that the layer's last step opened: int32 [kv_heads, most], sorted, and how many, [kv_heads]."""
@@ -307,7 +307,7 @@ class DecodeStep:
 
     def resident_bytes(self) -> int:
         """Bytes on the device: bank, tables, buffers of the step."""
-        held = [self.records, self._q, self._z, self._out, self._lse, self._merged, self._log_mass, self._mass]
+        held = [self.records, self._q, self._z, self._out, self._lse, self._results, self._log_mass, self._mass]
         held += [self._group_lse, self._mask]
         for item in (*self._tables, self._chosen, self._lists):
             held += vars(item).values()
@@ -332,7 +332,7 @@ class DecodeStep:
             self._q, self.records[layer], lists.held, lists.held_counts, scale, self._part_slots, self._out[held],
             self._lse[held],
         )  # fmt: skip
-        calls.merge(self._out[: self._early], self._lse[: self._early], self._merged, self._merged_lse)
+        calls.merge(self._out[: self._early], self._lse[: self._early], self._results[layer], self._lse_of_all)
 
     def _choose_by_sketch(self, state: SketchState, scale: float) -> None:
         calls = self._calls
@@ -355,7 +355,7 @@ class DecodeStep:
             self._q, self.records[layer], lists.late, lists.late_counts, scale, self._part_slots, self._out[late],
             self._lse[late],
         )  # fmt: skip
-        calls.merge(self._out, self._lse, self._merged, self._merged_lse)
+        calls.merge(self._out, self._lse, self._results[layer], self._lse_of_all)
 
     # Host and device.
 

@@ -116,7 +116,7 @@ def run(router: str, calls, steps: int, slots: int, budget: int = 12, registered
             opened_k, opened_v = padded.transpose(1, 2).flatten(2, 3).unbind(1)
             near = (t[:, :window_tokens].cpu() for t in (k, v))
             expected = decode_attention(stored.q[layer], *near, SCALE, opened_k, opened_v, valid)
-            assert (step.result().cpu().view(KV_HEADS, RATIO, DIM) - expected).abs().max() < 1e-4
+            assert (step.result(layer).cpu().view(KV_HEADS, RATIO, DIM) - expected).abs().max() < 1e-4
     assert 0 < misses < total
     return step
 

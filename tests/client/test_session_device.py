@@ -43,14 +43,14 @@ def test_decodes_as_without_it_also_after_going_back(monkeypatch):
     for one in sessions:
         for first, end in blocks([250], 700):
             tokens.run(one, first, end)
-    run(700, 800)
+    run(700, 750)
     assert sessions[0]._device_step is not None
     assert not sessions[0]._banks
     for name in ("opened_groups", "routable_groups", "bank_bytes", "decode_steps", "ram_bytes", "nvme_bytes"):
         assert getattr(sessions[0].stats, name) == getattr(sessions[1].stats, name), name
     for one in sessions:
         one.truncate(560)
-    run(560, 640)
+    run(560, 600)
 
 
 @pytest.mark.usefixtures("_on_cpu")

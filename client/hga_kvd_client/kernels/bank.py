@@ -26,6 +26,7 @@ from hga_kvd_client.kernels.select import BINS, TIES_MAX, Chosen
 # The mailbox, int64 [MAILBOX_KEYS + most misses]: step last done, misses, groups opened, then a word that the host
 # writes: where in the source of `land` the fetched records begin, in bytes. Then keys: group, kv_head << 32, layer << 48.
 MAIL_STEP, MAIL_MISSES, MAIL_OPENED, MAIL_OFFSET, MAILBOX_KEYS = 0, 1, 2, 3, 8
+PLACE_WARPS = 8
 COPY_WORDS = 1024  # int64 of a record that one program moves at once
 
 
@@ -241,7 +242,7 @@ def place(
         lists.held, lists.held_counts, lists.late, lists.late_counts, lists.rows, lists.totals, mailbox,
         capacity, budget, slots, most,
         MOST=most, SLOTS=triton.next_power_of_2(slots), HEADS=triton.next_power_of_2(kv_heads), TIES=TIES_MAX,
-        BINS=BINS, STEP=STEP, FIRST_GROUP=FIRST_GROUP, INTERPRETED=mailbox.device == control.device, num_warps=8,
+        BINS=BINS, STEP=STEP, FIRST_GROUP=FIRST_GROUP, INTERPRETED=mailbox.device == control.device, num_warps=PLACE_WARPS,
     )  # fmt: skip
 
 
