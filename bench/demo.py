@@ -183,6 +183,8 @@ def main(
     record: Annotated[bool, typer.Option(help="also add a line to bench/results/demo.jsonl")] = False,
 ) -> None:
     """Runs the demo; writes build/demo/report.json and build/demo/routing.png."""
+    # An end from outside runs the clean-up too: no daemon and no K/V stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source = text or Path(sys.modules["argparse"].__file__ or "")
     out = BUILD / "demo"
     out.mkdir(parents=True, exist_ok=True)

@@ -247,8 +247,11 @@ def damage(here, places) -> None:
     here.start()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
-@pytest.mark.parametrize("chunks", [[10], [10, 4], [0], [21]], ids=["far", "two", "sink", "recent"])
+@pytest.mark.parametrize(
+    ("chunks", "shared"),
+    [([10], False), ([10, 4], True), ([0], False), ([21], True)],
+    ids=["far, alone", "two, shared", "sink, alone", "recent, shared"],
+)
 def test_damage_is_computed_again_and_the_call_goes_on(chunks, shared, daemon, caplog):
     """shared: a second session holds the same damaged chunks."""
     model, ids = tiny.make("llama"), tiny.text(PROMPT + 24)
