@@ -91,6 +91,7 @@ class SessionInfo:
     token_ids: bytes
     epoch: int = 0
     pinned: bool = False
+    parked: bool = False
     tenant: str = ""
     ttl_s: int = 0
 
@@ -278,6 +279,14 @@ class Connection:
         """Removes the session for every client. Raises: SessionNotFound."""
         self._repeat(lambda: self._ask("Delete", kvd_pb2.DeleteRequest(session_id=session_id)))
         self._limits.pop(session_id, None)
+
+    def park(self, session_id: int) -> None:
+        """Flushes the session and takes it out of the daemon's RAM. Raises: as flush."""
+        self._repeat(lambda: self._ask("Park", kvd_pb2.ParkRequest(session_id=session_id)))
+
+    def pin(self, session_id: int, pinned: bool = True) -> None:
+        """A pinned session is never evicted and does not expire. Raises: SessionNotFound, WriteFailed."""
+        self._repeat(lambda: self._ask("Pin", kvd_pb2.PinRequest(session_id=session_id, pinned=pinned)))
 
     def list(self) -> list[SessionInfo]:
         """All sessions, in the order of their ids."""
@@ -763,6 +772,7 @@ def _session_info(message: kvd_pb2.SessionInfo, token_ids: bytes) -> SessionInfo
         token_ids=token_ids,
         epoch=message.epoch,
         pinned=message.pinned,
+        parked=message.parked,
         tenant=message.tenant,
         ttl_s=message.ttl_s,
     )

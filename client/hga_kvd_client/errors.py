@@ -119,6 +119,7 @@ _CLASSES: dict[tuple[str | None, str], type[KvdError]] = {
     ("Open", "FAILED_PRECONDITION"): GeometryMismatch,
     ("Append", "FAILED_PRECONDITION"): AppendOutOfOrder,
     ("Flush", "FAILED_PRECONDITION"): NotDurable,
+    ("Park", "FAILED_PRECONDITION"): NotDurable,
     ("Fork", "FAILED_PRECONDITION"): StaleEpoch,
     ("Truncate", "FAILED_PRECONDITION"): StaleEpoch,
     ("Fetch", "FAILED_PRECONDITION"): StaleEpoch,

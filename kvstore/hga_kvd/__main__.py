@@ -51,6 +51,9 @@ def daemon(
     nvme: Annotated[str | None, typer.Option(metavar="DIR", help="Keep K/V here; without it, in RAM only.")] = None,
     ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM arena, for example 4GiB.")] = None,
     nvme_max: Annotated[str | None, typer.Option(metavar="SIZE", help="Most bytes to take in DIR.")] = None,
+    evict: Annotated[
+        str | None, typer.Option(metavar="none|lru", help="Delete idle sessions when space is short.")
+    ] = None,
     listen_on: Annotated[
         list[str] | None,
         typer.Option("--listen", metavar="ADDRESS", help="unix:PATH, /PATH or HOST:PORT; may be given several times."),
@@ -73,6 +76,7 @@ def daemon(
         "nvme": nvme,
         "ram": ram,
         "nvme_max": nvme_max,
+        "evict": evict,
         "listen": tuple(listen_on) if listen_on else None,
         "io_engine": io_engine,
         "log_level": log_level,

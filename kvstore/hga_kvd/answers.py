@@ -36,6 +36,7 @@ class SessionInfo:
     tenant: str = ""
     ttl_s: int = 0
     pinned: bool = False
+    parked: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class EngineStats:
     prefetched_records: int
     prefetch_useful_records: int
     prefetch_wasted_records: int
+    evicted_sessions: int
+    expired_sessions: int
+    nvme_bytes_live: int
 
 
 @dataclass(eq=False)
@@ -79,3 +83,5 @@ class Counters:
     damaged_records: int = 0
     shared_chunks: int = 0
     late_records: int = 0
+    evicted_sessions: int = 0  # from RAM alone; the log counts its own
+    expired_sessions: int = 0

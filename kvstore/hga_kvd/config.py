@@ -87,6 +87,8 @@ class Settings(BaseSettings):
     nvme: Path | None = None  # directory of the segments; None: RAM only
     ram: Size = 1 * GIB  # arena
     nvme_max: Size = 0  # bytes that segments may take; 0: what the file system has, less a reserve
+    # Whether sessions that nobody has open and that are not pinned are deleted, oldest first, when space is short.
+    evict: Literal["none", "lru"] = "none"
     # unix:PATH (one at most) or HOST:PORT, several allowed; in the environment separated by commas
     listen: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         default_factory=lambda: (default_listen(),)

@@ -60,6 +60,15 @@ class Disk(Protocol):
     def sync_names(self) -> None:
         """Makes creations and removals durable. Raises OSError."""
 
+    def punch(self, handle: int, offset: int, length: int) -> None:
+        """Gives the blocks of this range back; it reads as zeros from then on, or, after a crash, as before.
+
+        Raises: OSError; EOPNOTSUPP where the file system cannot do that at all.
+        """
+
+    def taken(self, handle: int) -> int:
+        """Bytes of the device that the file takes: its size less its holes."""
+
     def close(self, handle: int) -> None: ...
 
     def remove(self, name: str) -> None: ...

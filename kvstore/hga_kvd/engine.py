@@ -66,6 +66,8 @@ SUMMARY_BYTES_MIN = 64 << 20
 CLAIM_WAIT_S = 0.02
 CLAIM_WAITS_MAX = 500
 WRITE_RETRY_S = 1.0
+# How often the background looks for sessions whose time is up.
+EXPIRE_S = 1.0
 # Read parts of large fetches beside the calling threads; they share the queue depth of the disk.
 READER_THREADS = 2
 
@@ -82,14 +84,17 @@ class Engine:
         log: FilteringBoundLogger | None = None,
         *,
         background: bool = True,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """Recovers what is on the disk. background=False: nothing is written but by the caller's own calls.
+        """Recovers what is on the disk. background=False: nothing is written and nothing expires but by the caller's own
+        calls. clock: seconds, of the same zero in all runs on one store.
 
         Raises: StartRefused.
         """
         self._settings = settings
         self._disk = disk
         self._log = log or _silent_log()
+        self._clock = clock
         self._residency = Residency(settings.ram)
         self._lock = self._residency.lock
         self._counters = Counters()
@@ -104,13 +109,12 @@ class Engine:
         self._prefetched_records = 0
         self._prefetcher: threading.Thread | None = None
         self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="read")  # started when first used
-        if disk is None:
-            return
-        segments = SegmentLog(disk, settings.segment_bytes, settings.nvme_max, settings.nvme_reserve)
-        self._writeout = WriteOut(self._residency, disk, segments, self._log)
-        self._counters.damaged_records = self._recover(disk, self._writeout)
+        if disk is not None:
+            segments = SegmentLog(disk, settings.segment_bytes, settings.nvme_max, settings.nvme_reserve)
+            self._writeout = WriteOut(self._residency, disk, segments, self._log, settings.evict == "lru")
+            self._counters.damaged_records = self._recover(disk, self._writeout)
         if background:
-            self._thread = threading.Thread(target=self._write_in_background, name="write-out", daemon=True)
+            self._thread = threading.Thread(target=self._work_in_background, name="write-out", daemon=True)
             self._thread.start()
 
     # --- sessions ---
@@ -141,6 +145,9 @@ class Engine:
             session = self._residency.by_name.get(name) if name else None
             if session is not None:
                 self._check_same(session, geometry, tenant)
+                self._use(session)
+                session.owner = owner or session.owner
+                session.ttl_s = ttl_s or session.ttl_s
                 return self._info(session)
             if not create:
                 raise SessionNotFound(f"there is no session named {name!r}; open it with create to make one")
@@ -149,7 +156,11 @@ class Engine:
             session = sessions.make(self._residency, self._settings, name, geometry, owner, tenant, ttl_s)
             rows = sessions.longest_prefix(session.table, ids[: self._settings.chunks_max])
             self._share(session, rows)
+            self._use(session)
             return self._info(session, created=True)
+
+    def _use(self, session: Session) -> None:
+        session.state, session.used_at = "open", self._clock()
 
     def _check_same(self, session: Session, geometry: Geometry | None, tenant: str) -> None:
         differences = session.table.geometry.differences(geometry) if geometry else []
@@ -184,6 +195,8 @@ class Engine:
             geometry = parent.table.geometry
             session = sessions.make(self._residency, self._settings, name, geometry, owner, parent.tenant, parent.ttl_s)
             self._share(session, rows)
+            self._use(session)
+            self._use(parent)
             return self._info(session, created=True)
 
     def truncate(self, session_id: int, epoch: int, chunk_count: int) -> SessionInfo:
@@ -207,6 +220,7 @@ class Engine:
         """The client is done: a temporary session is deleted, a named one stays. Raises: SessionNotFound."""
         with self._lock:
             session = self._residency.session(session_id)
+            session.state = "closed"
         if session.temporary:
             self.delete(session_id)
 
@@ -217,16 +231,58 @@ class Engine:
         """
         with self._lock:
             session = self._residency.session(session_id)
-            places = self._residency.remove_session(session)
-            if self._writeout is not None:
-                self._writeout.lose(places)
-                self._writeout.drop(session)
+            self._remove(session)
         if self._writeout is not None:
             self._writeout.settle(session, "deleted")
+
+    def _remove(self, session: Session) -> None:
+        places = self._residency.remove_session(session)
+        if self._writeout is not None:
+            self._writeout.lose(places)
+            self._writeout.drop(session)
+
+    def park(self, session_id: int) -> None:
+        """Makes the session durable and takes it out of RAM. It may be evicted until it is used again.
+
+        Raises: as flush.
+        """
+        self.flush(session_id)
+        with self._lock:
+            session = self._residency.session(session_id)
+            session.state = "parked"
+            self._residency.drop_slots(session)
+
+    def pin(self, session_id: int, pinned: bool) -> None:
+        """A pinned session is never evicted and does not expire. Durable when this returns, if the session is.
+
+        Raises: SessionNotFound, WriteFailed.
+        """
+        with self._lock:
+            session = self._residency.session(session_id)
+            session.pinned = pinned
+        if self._writeout is not None:
+            self._writeout.settle(session, "pinned" if pinned else "no longer pinned")
+
+    def expire(self) -> None:
+        """Deletes the sessions that were not used for their ttl_s. Raises: WriteFailed."""
+        now = self._clock()
+        with self._lock:
+            every = self._residency.sessions.values()
+            over = [s for s in every if s.ttl_s and not s.pinned and now - s.used_at >= s.ttl_s]
+            for session in over:
+                self._remove(session)
+                self._counters.expired_sessions += 1
+        for session in over:
+            self._log.info("session expired", session=session.name, chunks=session.chunk_count, ttl_s=session.ttl_s)
+            if self._writeout is not None:
+                self._writeout.settle(session, "expired")
 
     def release_owner(self, owner: int) -> None:
         """A client is gone, and with it its temporary sessions."""
         with self._lock:
+            for session in self._residency.sessions.values():
+                if session.name and session.owner == owner:
+                    session.state = "closed"
             owned = [s.session_id for s in self._residency.sessions.values() if s.temporary and s.owner == owner]
         for session_id in owned:
             try:
@@ -266,6 +322,7 @@ class Engine:
             session.tenant,
             session.ttl_s,
             session.pinned,
+            session.state == "parked",
         )
 
     # --- append ---
@@ -327,6 +384,7 @@ class Engine:
                     f"another append to session {session_id} is under way or came first; wait for it"
                 )
             session.appending = True
+            self._use(session)
             parent = session.last_chain()
         new = Appended(pool, payload.reshape(chunk_count, -1), token_ids)
         try:
@@ -391,6 +449,8 @@ class Engine:
                     pool.slots.dirty[slots] = True
                     return slots
             if self._writeout is None:
+                if self._evict_from_ram():
+                    continue
                 raise StorageFull(
                     f"the RAM arena of {len(self._residency.arena.region)} bytes is full and there is no NVMe: delete "
                     "sessions, or start the daemon with more --ram or with --nvme"
@@ -400,6 +460,19 @@ class Engine:
             if not wrote:
                 self._stopping.wait(CLAIM_WAIT_S)
         raise StorageFull(f"no {count} free slots in the RAM arena: calls in flight hold them; append again")
+
+    def _evict_from_ram(self) -> bool:
+        """Without NVMe: deletes the idle session that was not used for longest, if that is the policy."""
+        if self._settings.evict != "lru":
+            return False
+        with self._lock:
+            session = self._residency.oldest_idle()
+            if session is None:
+                return False
+            self._remove(session)
+            self._counters.evicted_sessions += 1
+        self._log.info("session evicted", session=session.name, chunks=session.chunk_count)
+        return True
 
     def _commit_append(self, session: Session, new: Appended) -> int:
         pool, table, layers = new.pool, new.pool.table, new.pool.geometry.layers
@@ -468,6 +541,7 @@ class Engine:
             assert len(destination) == count * slots.record_bytes
             if not count:
                 return Fetched(None, 0, 0)
+            self._use(session)
             if (
                 count <= hits.FEW_KEYS
                 and len(destination) <= hits.FEW_BYTES
@@ -632,15 +706,15 @@ class Engine:
         with self._lock:
             return self._residency.session(session_id).written_count
 
-    def _write_in_background(self) -> None:
-        """Keeps half of the arena free of dirty extents, so that appends rarely wait."""
+    def _work_in_background(self) -> None:
+        """Keeps half of the arena free of dirty extents, so that appends rarely wait; deletes sessions whose time is up."""
         writeout, arena = self._writeout, self._residency.arena
-        assert writeout is not None
         while not self._stopping.is_set():
-            self._wake.wait()
+            self._wake.wait(EXPIRE_S)
             self._wake.clear()
             try:
-                while not self._stopping.is_set() and 4 * arena.dirty_bytes > len(arena.region):
+                self.expire()
+                while writeout and not self._stopping.is_set() and 4 * arena.dirty_bytes > len(arena.region):
                     with writeout.barrier:
                         if not writeout.round():
                             break
@@ -650,8 +724,8 @@ class Engine:
 
     def _recover(self, disk: Disk, writeout: WriteOut) -> int:
         try:
-            damaged_records = recover(disk, writeout.segments, self._residency, self._log)
-            writeout.start()
+            damaged_records, dead = recover(disk, writeout.segments, self._residency, self._log, self._clock())
+            writeout.start(dead)
         except OSError as error:
             raise StartRefused(f"the store cannot be used ({error}): check the device and its permissions") from error
         if self._residency.sessions:
@@ -777,6 +851,9 @@ class Engine:
                 prefetched_records=self._prefetched_records,
                 prefetch_useful_records=self._ledger.useful,
                 prefetch_wasted_records=self._ledger.wasted,
+                evicted_sessions=counters.evicted_sessions + (writeout.evicted_sessions if writeout else 0),
+                expired_sessions=counters.expired_sessions,
+                nvme_bytes_live=sum(pool.table.disk_bytes() for pool in self._residency.pools),
             )
 
 

@@ -51,6 +51,7 @@ _libc.fstatfs64.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000  # Linux 6.1
 _FALLOC_KEEP_SIZE = 1
+_FALLOC_PUNCH_HOLE = 2
 
 
 class FileDisk:
@@ -105,6 +106,12 @@ class FileDisk:
 
     def sync_names(self) -> None:
         os.fsync(self._directory)
+
+    def punch(self, handle: int, offset: int, length: int) -> None:
+        _fallocate(self._fd(handle), _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, length, offset)
+
+    def taken(self, handle: int) -> int:
+        return os.fstat(self._fd(handle)).st_blocks * 512
 
     def close(self, handle: int) -> None:
         with self._table_lock:
@@ -308,9 +315,9 @@ def _make_engine(
         raise StartRefused(f"--io-engine {choice} is refused here: {error}; use --io-engine auto") from error
 
 
-def _fallocate(fd: int, mode: int, size: int) -> None:
-    """Reserves blocks [0, size). Not posix_fallocate: glibc emulates that by writing where the file system cannot."""
-    while _libc.fallocate64(fd, mode, 0, size):
+def _fallocate(fd: int, mode: int, size: int, offset: int = 0) -> None:
+    """Reserves, or as `mode` says. Not posix_fallocate: glibc emulates that by writing where the file system cannot."""
+    while _libc.fallocate64(fd, mode, offset, size):
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, "fallocate: " + os.strerror(number))

@@ -325,6 +325,7 @@ class SessionEntry:
     ttl_s: int = 0
     pinned: bool = False
     links: tuple[tuple[int, int], ...] | None = None
+    used_s: int = 0
 
 
 @dataclass(frozen=True)
@@ -357,6 +358,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "ttl_s": s.ttl_s,
             "pinned": s.pinned,
             "links": s.links,
+            "used_s": s.used_s,
         }
         for s in manifest.sessions
     ]
@@ -422,6 +424,7 @@ def _session_of(fields: dict[str, Any], geometries: list[Geometry]) -> SessionEn
         _count(fields["ttl_s"]),
         _flag(fields["pinned"]),
         links if links is None else tuple((_count(first), _count(count)) for first, count in links),
+        _count(fields["used_s"]),
     )
     if entry.chunk_count > CHUNKS_MAX:
         raise ValueError(f"session {entry.session_id} cannot have {entry.chunk_count} chunks")

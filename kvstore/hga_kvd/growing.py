@@ -12,13 +12,13 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def grown(array: npt.NDArray[Scalar], length: int) -> npt.NDArray[Scalar]:
-    """`array` with at least `length` rows, doubled as often as needed, new ones zero."""
+    """`array` with at least `length` rows, new ones zero.
+
+    A quarter more each time: the index may have at most 200 bytes an extent, what is kept free included.
+    """
     if length <= len(array):
         return array
-    rows = max(8, len(array))
-    while rows < length:
-        rows *= 2
-    bigger = np.zeros((rows, *array.shape[1:]), array.dtype)
+    bigger = np.zeros((max(8, length, len(array) * 5 // 4), *array.shape[1:]), array.dtype)
     bigger[: len(array)] = array
     return bigger
 

@@ -7,7 +7,9 @@ lost chunk: it is in no slot and no segment, so a chunk that recovery could not 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,23 @@ class Places:
     segment: I64
     offset: I64
     bytes: I64
+
+
+def places_of(rows: Iterable[tuple[int, int, int]]) -> Places:
+    """Of (segment, offset, bytes) each."""
+    columns = np.array(list(rows), np.int64).reshape(-1, 3)
+    return Places(columns[:, 0], columns[:, 1], columns[:, 2])
+
+
+def runs_of(places: Iterable[Places]) -> list[tuple[int, int, int]]:
+    """All of them as (segment, offset, bytes), in order, neighbours in one."""
+    rows = np.concatenate([np.zeros((0, 3), np.int64), *(np.stack((p.segment, p.offset, p.bytes), 1) for p in places)])
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    first = np.ones(len(rows), bool)
+    first[1:] = (np.diff(rows[:, 0]) != 0) | (rows[1:, 1] != rows[:-1, 1] + rows[:-1, 2])
+    starts = np.flatnonzero(first)
+    lengths = np.add.reduceat(rows[:, 2], starts) if len(rows) else rows[:, 2]
+    return list(zip(rows[starts, 0].tolist(), rows[starts, 1].tolist(), lengths.tolist(), strict=True))
 
 
 class ChunkTable:
@@ -94,6 +113,11 @@ class ChunkTable:
             np.concatenate((np.full(len(written), self.chunk_stride), table.stride(summaries))),
         )
 
+    def disk_bytes(self) -> int:
+        """What all chunks and summaries take on disk."""
+        summaries = np.flatnonzero(self.summaries.segment)
+        return int(np.count_nonzero(self.segment)) * self.chunk_stride + int(self.summaries.stride(summaries).sum())
+
     def remove(self, rows: I64) -> None:
         """Forgets dead rows and their summaries."""
         self.forget_chains(rows)
@@ -150,6 +174,8 @@ class Session:
     root: bytes = b""  # what its chain ids start from
     ttl_s: int = 0  # 0: for ever
     pinned: bool = False
+    state: Literal["open", "closed", "parked"] = "open"  # only a session that nobody has open is ever evicted
+    used_at: float = 0.0  # seconds of the engine's clock
     epoch: int = 0  # grows with each truncation
     chunk_count: int = 0
     # Chunks below this are on disk and synced, and a frame says that they are this session's. Durable too, once the

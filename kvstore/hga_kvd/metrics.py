@@ -21,6 +21,7 @@ FETCH_BUCKETS_S = (*(base * 10**exponent for exponent in range(-5, 0) for base i
 _GAUGES = {
     "sessions": "Sessions open or stored",
     "chunks": "Chunks stored, each counted once",
+    "nvme_bytes_live": "Bytes of chunks and summaries in segments that a session has",
     "ram_bytes_max": "Size of the RAM arena",
     "ram_bytes_used": "Arena slots in use",
     "ram_bytes_dirty": "Acknowledged, not yet written to NVMe",
@@ -42,6 +43,8 @@ _COUNTERS = {
     "flushes": "Flush calls",
     "damaged_records": "Records found damaged",
     "evicted_extents": "Extents evicted from the arena",
+    "evicted_sessions": "Sessions deleted because space was short",
+    "expired_sessions": "Sessions deleted because their time was up",
     "shared_chunks": "Chunks appended that were stored already",
 }
 

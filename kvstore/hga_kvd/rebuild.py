@@ -15,7 +15,7 @@ import numpy as np
 
 from hga_kvd import chains
 from hga_kvd.format import LINK, ChunkFrame, Frame, FrameHeader, Manifest, SessionEntry, SummaryFrame
-from hga_kvd.index import LOST_ROW, Session
+from hga_kvd.index import LOST_ROW, Places, Session, places_of
 from hga_kvd.residency import Pool, Residency
 
 LOST_UID = 0
@@ -24,6 +24,7 @@ LOST_UID = 0
 @dataclass(eq=False)
 class Rebuilt:
     live: Counter[int] = field(default_factory=Counter)  # by segment: chunks, summaries and links that count
+    dead: list[Places] = field(default_factory=list)  # bodies of chunks and summaries that do not
     misfits: list[FrameHeader] = field(default_factory=list)  # sound frames whose sizes are not their session's
 
 
@@ -60,11 +61,12 @@ class _Links:
             self.uids += [LOST_UID] * (entry.chunk_count - len(self.uids))
 
 
-def rebuild(manifest: Manifest, frames: Iterable[Frame], residency: Residency) -> Rebuilt:
+def rebuild(manifest: Manifest, frames: Iterable[Frame], residency: Residency, now: float) -> Rebuilt:
     """Fills an empty residency with the sessions of the manifest. frames: in the order they were written."""
     links = {entry.session_id: _Links() for entry in manifest.sessions}
     chunk_at: dict[int, tuple[ChunkFrame, int]] = {}  # uid -> its last frame, and which of it
     summaries: list[SummaryFrame] = []
+    chunk_frames: list[ChunkFrame] = []
     for frame in frames:
         header = frame.header
         residency.next_session_id = max(residency.next_session_id, header.session_id + 1)
@@ -72,6 +74,7 @@ def rebuild(manifest: Manifest, frames: Iterable[Frame], residency: Residency) -
             summaries.append(frame)
             continue
         if isinstance(frame, ChunkFrame):
+            chunk_frames.append(frame)
             residency.next_chunk_uid = max(residency.next_chunk_uid, int(frame.uids.max()) + 1)
             for i, uid in enumerate(frame.uids.tolist()):
                 chunk_at[uid] = frame, i
@@ -85,14 +88,42 @@ def rebuild(manifest: Manifest, frames: Iterable[Frame], residency: Residency) -
         pool = residency.pool_for(entry.geometry)
         rows = row_of.setdefault(pool, {})
         _add_chunks(pool, links[entry.session_id].uids, chunk_at, rows, rebuilt)
-        _add_session(residency, pool, entry, links[entry.session_id], rows, rebuilt)
+        session = _add_session(residency, pool, entry, links[entry.session_id], rows, rebuilt)
+        # How long ago it was used before a crash is not known well: that counts as use.
+        session.used_at = entry.used_s if manifest.clean else now
     for frame in summaries:
         for pool, rows in row_of.items():
             _add_summaries(pool, frame, rows)
     for pool in row_of:
         written = pool.table.summaries.segment
         rebuilt.live.update(written[written != 0].tolist())
+    for frame in chunk_frames:
+        rebuilt.dead.append(_dead_chunks(frame, chunk_at, row_of.values()))
+    for frame in summaries:
+        rebuilt.dead.append(_dead_summaries(frame, row_of))
     return rebuilt
+
+
+def _dead_chunks(
+    frame: ChunkFrame, chunk_at: dict[int, tuple[ChunkFrame, int]], row_of: Iterable[dict[int, int]]
+) -> Places:
+    header, size = frame.header, frame.chunk_stride
+    return places_of(
+        (header.segment_id, header.body_offset + i * size, size)
+        for i, uid in enumerate(frame.uids.tolist())
+        if chunk_at[uid][0] is not frame or chunk_at[uid][1] != i or not any(uid in rows for rows in row_of)
+    )
+
+
+def _dead_summaries(frame: SummaryFrame, row_of: dict[Pool, dict[int, int]]) -> Places:
+    header, size = frame.header, frame.stride
+    offsets = header.body_offset + np.arange(header.chunk_count) * size
+    dead = np.ones(len(offsets), bool)
+    for pool, rows in row_of.items():
+        summaries = pool.table.summaries
+        at = summaries.find(np.array([rows.get(uid, LOST_ROW) for uid in frame.uids.tolist()], np.int64), frame.kind)
+        dead &= (summaries.segment[at] != header.segment_id) | (summaries.offset[at] != offsets)
+    return places_of((header.segment_id, int(offset), size) for offset in offsets[dead])
 
 
 def _add_chunks(
@@ -130,10 +161,10 @@ def _fits(frame: ChunkFrame, pool: Pool) -> bool:
 
 def _add_session(
     residency: Residency, pool: Pool, entry: SessionEntry, links: _Links, rows: dict[int, int], rebuilt: Rebuilt
-) -> None:
+) -> Session:
     session = Session(entry.session_id, entry.name, pool.table, pool.number, tenant=entry.tenant)
     session.root = chains.root(entry.geometry, entry.tenant)
-    session.ttl_s, session.pinned = entry.ttl_s, entry.pinned
+    session.ttl_s, session.pinned, session.state = entry.ttl_s, entry.pinned, "closed"
     mine = np.array([rows.get(uid, LOST_ROW) for uid in links.uids], np.int64)
     session.put_rows(0, mine)
     session.chunk_count = session.written_count = len(mine)
@@ -146,6 +177,7 @@ def _add_session(
     pool.table.refs[LOST_ROW] = 0
     residency.add_session(session)
     _set_chains(session)
+    return session
 
 
 def _set_chains(session: Session) -> None:

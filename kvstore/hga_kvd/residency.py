@@ -103,6 +103,19 @@ class Residency:
             del self.by_name[session.name]
         return self.release(session, session.all_rows())
 
+    def oldest_idle(self) -> Session | None:
+        """The session to evict next: named, not pinned, nobody has it open, used before all other such ones."""
+        idle = [s for s in self.sessions.values() if s.name and s.chunk_count and s.state != "open" and not s.pinned]
+        return min(idle, key=lambda s: s.used_at, default=None)
+
+    def drop_slots(self, session: Session) -> None:
+        """Frees the clean slots of chunks that only this session has."""
+        pool, rows = self.pools[session.pool], session.all_rows()
+        slots = pool.table.slot[rows[pool.table.refs[rows] == 1]].reshape(-1)
+        slots = slots[(slots != 0) & ~pool.slots.dirty[slots] & (pool.slots.pins[slots] == 0)]
+        pool.policy.forget(slots.tolist())
+        self._evict(pool.slots, slots.tolist())
+
     def release(self, session: Session, rows: I64) -> Places:
         """The session lets go of these chunks. What nobody else has is forgotten; returns where it was on disk."""
         pool = self.pools[session.pool]

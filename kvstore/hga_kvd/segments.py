@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from hga_kvd.format import (
     round_up,
     segment_name,
 )
+from hga_kvd.index import Places, places_of, runs_of
 from hga_kvd.memory import address_of, aligned_buffer
 
 I64 = npt.NDArray[np.int64]
@@ -48,6 +50,7 @@ class Segment:
     used_bytes: int = BLOCK_BYTES
     synced_bytes: int = BLOCK_BYTES
     next_sequence: int = 0
+    taken: int = 0  # bytes of the device: size less holes
     live: int = 0
     pins: int = 0
     damaged: bool = False  # something in it could not be read: its file is kept, in case that passes
@@ -79,6 +82,12 @@ def frame_bytes(table_bytes: int, body_bytes: int) -> int:
     return round_up(FRAME_HEAD_BYTES + table_bytes) + round_up(body_bytes)
 
 
+def tail_of(segment: Segment) -> Places:
+    """What a segment that was left has behind its last frame."""
+    length = segment.size // BLOCK_BYTES * BLOCK_BYTES - segment.used_bytes
+    return places_of([(segment.segment_id, segment.used_bytes, length)] if length > 0 else [])
+
+
 class SegmentLog:
     def __init__(self, disk: Disk, segment_bytes: int, bytes_max: int, reserve_bytes: int) -> None:
         """bytes_max: cap on the sum of segment sizes; 0: what the file system has, less reserve_bytes."""
@@ -90,13 +99,13 @@ class SegmentLog:
         self.open: Segment | None = None
         self.next_segment_id = 1
         self.written_bytes = 0
-        self._condemned: list[
-            Segment
-        ] = []  # their files are still there and take space, whatever removing them has met
+        self.can_punch = True
+        # Their files are still there and take space, whatever removing them has met.
+        self._condemned: list[Segment] = []
 
     def used_bytes(self) -> int:
         """Space that segments take."""
-        return sum(segment.size for segment in [*self.segments.values(), *self._condemned])
+        return sum(segment.taken for segment in [*self.segments.values(), *self._condemned])
 
     def capacity_bytes(self) -> int:
         """Most that segments may take."""
@@ -142,11 +151,11 @@ class SegmentLog:
             self._disk.sync(handle)
             self._disk.sync_names()
         except OSError:
-            unused = Segment(segment_id, handle, size, "poisoned")
+            unused = Segment(segment_id, handle, size, "poisoned", taken=size)
             self._condemned.append(unused)
             self.erase([unused])
             raise
-        self.open = self.segments[segment_id] = Segment(segment_id, handle, size, "open")
+        self.open = self.segments[segment_id] = Segment(segment_id, handle, size, "open", taken=size)
 
     def append(self, frames: list[NewFrame]) -> list[int]:
         """Writes frames to the open segment, where they fit. Returns the offset of each body; nothing is synced yet.
@@ -204,15 +213,43 @@ class SegmentLog:
             self._disk.sync(segment.handle)
             segment.synced_bytes = segment.used_bytes
 
-    def seal(self, state: SegmentState) -> None:
-        """Leaves the open segment: nothing more is appended to it. Poisoned: only what was synced counts."""
-        assert self.open is not None
+    def seal(self, state: SegmentState) -> Places:
+        """Leaves the open segment: nothing more is appended to it. Poisoned: only what was synced counts.
+
+        Returns its rest, which nothing needs once the manifest knows.
+        """
+        segment = self.open
+        assert segment is not None
         assert state != "open"
         if state == "sealed":
-            assert self.open.synced_bytes == self.open.used_bytes
-        self.open.used_bytes = self.open.synced_bytes
-        self.open.state = state
+            assert segment.synced_bytes == segment.used_bytes
+        segment.used_bytes = segment.synced_bytes
+        segment.state = state
         self.open = None
+        return tail_of(segment)
+
+    def punch(self, places: list[Places]) -> list[Places]:
+        """Gives the space of these places back, for good: a power loss must not fill holes that others were filled from.
+
+        Nothing durable may name the places. Returns what could not be given back now. Where the file system cannot make
+        holes, space comes back by whole segments only.
+        """
+        left = []
+        for segment_id, runs in groupby(runs_of(places), lambda run: run[0]):
+            segment, mine = self.segments.get(segment_id), list(runs)
+            if segment is None or not self.can_punch:
+                continue
+            try:
+                for _, offset, length in mine:
+                    self._disk.punch(segment.handle, offset, length)
+                self._disk.sync(segment.handle)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    self.can_punch = False
+                else:
+                    left.append(places_of(mine))
+            segment.taken = min(segment.size, self._disk.taken(segment.handle))
+        return left
 
     def pin(self, segment_of: I64) -> tuple[tuple[Segment, ...], I64]:
         """These segments, none of which is removed before `unpin`, and the handle of each item's."""

@@ -164,6 +164,16 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         return kvd_pb2.TruncateResponse(epoch=info.epoch, chunk_count=info.chunk_count)
 
     @_answers
+    def Park(self, request: kvd_pb2.ParkRequest, context: grpc.ServicerContext) -> kvd_pb2.ParkResponse:
+        self.engine.park(request.session_id)
+        return kvd_pb2.ParkResponse()
+
+    @_answers
+    def Pin(self, request: kvd_pb2.PinRequest, context: grpc.ServicerContext) -> kvd_pb2.PinResponse:
+        self.engine.pin(request.session_id, request.pinned)
+        return kvd_pb2.PinResponse()
+
+    @_answers
     def Append(
         self, requests: Iterator[kvd_pb2.AppendRequest], context: grpc.ServicerContext
     ) -> kvd_pb2.AppendResponse:
@@ -409,6 +419,7 @@ def _session_message(info: SessionInfo) -> kvd_pb2.SessionInfo:
         temporary=info.temporary,
         epoch=info.epoch,
         pinned=info.pinned,
+        parked=info.parked,
         tenant=info.tenant,
         ttl_s=info.ttl_s,
     )

@@ -6,6 +6,8 @@ is. The caller then writes a manifest of its own, which also says that a daemon 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from structlog.typing import FilteringBoundLogger
 
@@ -22,18 +24,23 @@ from hga_kvd.format import (
     segment_id_of,
     segment_name,
 )
-from hga_kvd.index import LOST_ROW, Session
-from hga_kvd.rebuild import rebuild
+from hga_kvd.index import LOST_ROW, Places, Session, places_of, runs_of
+from hga_kvd.rebuild import Rebuilt, rebuild
 from hga_kvd.recovery import Walk, erase_heads, header_fits, walk
 from hga_kvd.residency import Residency
-from hga_kvd.segments import Segment, SegmentLog
+from hga_kvd.segments import Segment, SegmentLog, tail_of
 
 
-def recover(disk: Disk, segments: SegmentLog, residency: Residency, log: FilteringBoundLogger) -> int:
-    """Fills the log and the index from disk. Returns how many records are lost to damage. Raises: StartRefused."""
+def recover(
+    disk: Disk, segments: SegmentLog, residency: Residency, log: FilteringBoundLogger, now: float
+) -> tuple[int, list[Places]]:
+    """Fills the log and the index from disk. Returns how many records are lost to damage, and places that are nobody's.
+
+    Raises: StartRefused.
+    """
     manifest = _read_manifest(disk)
     if manifest is None:
-        return 0
+        return 0, []
     walks = [(entry, *_read_segment(disk, entry, manifest.clean, log)) for entry in manifest.segments]
     residency.next_session_id, residency.next_chunk_uid = manifest.next_session_id, manifest.next_chunk_uid
     segments.next_segment_id = manifest.next_segment_id
@@ -43,6 +50,7 @@ def recover(disk: Disk, segments: SegmentLog, residency: Residency, log: Filteri
             continue
         segment = Segment(entry.segment_id, handle, disk.size(handle), entry.state)
         segments.segments[entry.segment_id] = segment
+        segment.taken = min(segment.size, disk.taken(handle))
         segment.damaged = found is None or found.unreadable or bool(found.damage)
         if found is None:
             segment.used_bytes, segment.state = entry.used_bytes, "poisoned"
@@ -50,7 +58,7 @@ def recover(disk: Disk, segments: SegmentLog, residency: Residency, log: Filteri
         segment.used_bytes = segment.synced_bytes = found.used_bytes
         segment.next_sequence = found.next_sequence
         frames += found.frames
-    rebuilt = rebuild(manifest, frames, residency)
+    rebuilt = rebuild(manifest, frames, residency, now)
     for segment_id, count in rebuilt.live.items():
         segments.segments[segment_id].live = count
     for header in rebuilt.misfits:
@@ -59,7 +67,22 @@ def recover(disk: Disk, segments: SegmentLog, residency: Residency, log: Filteri
         )
     _go_on(disk, manifest, walks, segments, log)
     _remove_leftovers(disk, manifest, segments, log)
-    return sum(_report_lost(session, log) for session in residency.sessions.values())
+    lost = sum(_report_lost(session, log) for session in residency.sessions.values())
+    return lost, _dead_places(segments, manifest, rebuilt)
+
+
+def _dead_places(segments: SegmentLog, manifest: Manifest, rebuilt: Rebuilt) -> list[Places]:
+    """What a crash kept from being given back. Nothing, while damage may hide who has it."""
+    found = segments.segments.values()
+    if len(found) < len(manifest.segments) or any(segment.damaged for segment in found):
+        return []
+    dead = runs_of([*rebuilt.dead, *(tail_of(segment) for segment in found if segment is not segments.open)])
+    dead_bytes: Counter[int] = Counter()
+    for segment_id, _, length in dead:
+        dead_bytes[segment_id] += length
+    # Most are holes already: a start of a large store must not sync each of its segments.
+    left = {s.segment_id for s in found if s.taken > s.size - dead_bytes[s.segment_id]}
+    return [places_of(run for run in dead if run[0] in left)]
 
 
 def _read_manifest(disk: Disk) -> Manifest | None:
@@ -102,7 +125,7 @@ def _read_segment(disk: Disk, entry: SegmentEntry, clean: bool, log: FilteringBo
         log.error("segment damaged", segment=name, error="its header is not ours or cannot be read; all of it is lost")
         return handle, None
     torn_end = entry.state == "open" and not clean
-    found = walk(disk, handle, entry.segment_id, 0 if torn_end else entry.used_bytes, torn_end)
+    found = walk(disk, handle, entry.segment_id, entry.used_bytes, torn_end)
     for start, end in found.damage:
         log.error("segment damaged", segment=name, from_byte=start, to_byte=end, error="frames in here are lost")
     return handle, found

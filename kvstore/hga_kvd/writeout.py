@@ -34,13 +34,20 @@ CHUNK_UIDS_RESERVED = 1 << 40
 
 
 class WriteOut:
-    def __init__(self, residency: Residency, disk: Disk, segments: SegmentLog, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self, residency: Residency, disk: Disk, segments: SegmentLog, log: FilteringBoundLogger, evict: bool = False
+    ) -> None:
+        """evict: where space is short, idle sessions are deleted, least recently used first."""
         self.barrier = threading.Lock()
         self.segments = segments
         self.dirty: OrderedDict[int, Session] = OrderedDict()  # residency's lock; oldest first
         self.named: dict[int, int] = {}  # sessions in the manifest on disk, and the epoch that it tells of
         self.unsure = True  # a manifest was not written well: the one on disk may name what `named` does not
         self.session_ids_end = 0  # as reserved in the manifest
+        self.evicted_sessions = 0
+        self._evict = evict
+        self._dead: list[Places] = []  # what the manifest on disk may still name
+        self._free: list[Places] = []  # what nothing names any more, not yet given back
         self._flushing: dict[int, Session] = {}
         self._residency = residency
         self._lock = residency.lock
@@ -63,6 +70,8 @@ class WriteOut:
         """The index has nothing more at these places."""
         for segment_id, count in zip(*np.unique(places.segment, return_counts=True), strict=True):
             self.segments.segments[int(segment_id)].live -= int(count)
+        if len(places.segment):
+            self._dead.append(places)
 
     def lose_links(self, segment_ids: list[int]) -> None:
         """Link frames in these segments count no more."""
@@ -97,8 +106,8 @@ class WriteOut:
                 self._flushing.pop(session.session_id, None)
 
     def settle(self, session: Session, what: str) -> None:
-        """The session was deleted or truncated (`what`): says so in the manifest if that names it, and removes segments
-        that nothing lives in now.
+        """The session was deleted, truncated or pinned (`what`): says so in the manifest if that names it, and gives
+        back the space of what is gone.
 
         Raises: WriteFailed.
         """
@@ -113,9 +122,10 @@ class WriteOut:
                     "gone may come back at the next start"
                 ) from error
 
-    def start(self) -> None:
-        """Says in the manifest that a daemon runs. Raises: OSError."""
+    def start(self, dead: list[Places]) -> None:
+        """Says in the manifest that a daemon runs. dead: places that were found to be nobody's. Raises: OSError."""
         with self.barrier:
+            self._dead += dead
             self.write_manifest()
             self.collect()
 
@@ -158,7 +168,7 @@ class WriteOut:
             except OSError as error:
                 self._log.error("write failed", error=str(error), again=failed)
                 if self.segments.open is not None:
-                    self.segments.seal("poisoned")
+                    self._dead.append(self.segments.seal("poisoned"))
                 if failed:
                     kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else WriteFailed
                     raise kind(
@@ -201,17 +211,37 @@ class WriteOut:
         """Leaves the open segment for a new one that takes a frame of this size. Raises OSError, StorageFull."""
         if self.segments.open is not None:
             self.segments.sync()
-            self.segments.seal("sealed")
+            self._dead.append(self.segments.seal("sealed"))
         self.collect()
-        self.segments.create(needed_bytes)
+        while True:
+            try:
+                self.segments.create(needed_bytes)
+                break
+            except StorageFull:
+                if not self._evict or not self._evict_one():
+                    raise
         self.write_manifest()
 
+    def _evict_one(self) -> bool:
+        """Deletes the idle session that was not used for longest. False if there is none. Raises OSError."""
+        with self._lock:
+            session = self._residency.oldest_idle()
+            if session is None:
+                return False
+            self.lose(self._residency.remove_session(session))
+            self.drop(session)
+            self.evicted_sessions += 1
+        self._log.info("session evicted", session=session.name, chunks=session.chunk_count)
+        self.collect()
+        return True
+
     def collect(self) -> None:
-        """Removes segments in which nothing lives. Raises OSError."""
+        """Removes segments in which nothing lives, and makes holes of what is dead in others. Raises OSError."""
         with self._lock:
             dead = self.segments.drop_dead(damaged_too=not any(s.name for s in self._residency.sessions.values()))
-        if dead:
+        if dead or self._dead:
             self.write_manifest()
+        if dead:
             self.segments.erase(dead)
             self._log.info("segments removed", segments=[s.segment_id for s in dead], bytes=sum(s.size for s in dead))
 
@@ -219,6 +249,7 @@ class WriteOut:
         """Names all sessions with a name, and all segments. Raises OSError; then the old one is there, or this."""
         with self._lock:
             sessions = [s for s in self._residency.sessions.values() if not s.temporary]
+            dead, self._dead = self._dead, []
             ahead = (0, 0) if clean else (SESSION_IDS_RESERVED, CHUNK_UIDS_RESERVED)
             manifest = Manifest(
                 clean,
@@ -227,16 +258,26 @@ class WriteOut:
                 self.segments.next_segment_id,
                 tuple(_entry(s) for s in sessions),
                 tuple(
-                    SegmentEntry(s.segment_id, s.state, 0 if s.state == "open" and not clean else s.used_bytes)
+                    SegmentEntry(s.segment_id, s.state, s.synced_bytes if s.state == "open" else s.used_bytes)
                     for s in self.segments.segments.values()
                 ),
             )
         self.unsure = True
-        self._disk.replace(MANIFEST_NAME, encode_manifest(manifest))
+        try:
+            self._disk.replace(MANIFEST_NAME, encode_manifest(manifest))
+        except BaseException:
+            with self._lock:
+                self._dead = dead + self._dead
+            raise
         with self._lock:
             self.unsure = False
             self.named = {entry.session_id: entry.epoch for entry in manifest.sessions}
             self.session_ids_end = manifest.next_session_id
+        if self._free or dead:
+            could = self.segments.can_punch
+            self._free = self.segments.punch(self._free + dead)
+            if could and not self.segments.can_punch:
+                self._log.warning("this file system cannot make holes in files: space comes back by whole segments")
 
 
 def _entry(session: Session) -> SessionEntry:
@@ -246,7 +287,7 @@ def _entry(session: Session) -> SessionEntry:
     # fmt: off
     return SessionEntry(
         session.session_id, session.name, session.table.geometry, session.written_count, session.epoch, session.tenant,
-        session.ttl_s, session.pinned, links,
+        session.ttl_s, session.pinned, links, int(session.used_at),
     )
     # fmt: on
 

@@ -29,7 +29,7 @@ def golden_settings() -> Settings:
 
 def write_golden() -> SimDisk:
     disk = SimDisk()
-    engine = Engine(golden_settings(), disk, background=False)
+    engine = Engine(golden_settings(), disk, background=False, clock=lambda: 0)
     session = engine.open("golden", GEOMETRY, create=True).session_id
     engine.append(session, 0, 1, np.arange(128, dtype=np.uint8), b"")
     engine.put_summaries(session, "k.v1", 0, 1, b"summary!")
@@ -53,7 +53,7 @@ def test_golden_store_is_read() -> None:
     disk = SimDisk()
     disk.put("MANIFEST", (GOLDEN / "MANIFEST").read_bytes())
     disk.put("segment-00000001.kvs", (GOLDEN / "segment-00000001.kvs").read_bytes().ljust(SEGMENT_BYTES, b"\0"))
-    engine = Engine(golden_settings(), disk, background=False)
+    engine = Engine(golden_settings(), disk, background=False, clock=lambda: 0)
     session = engine.open("golden", None, create=False)
     assert (session.session_id, session.geometry, session.chunk_count) == (1, GEOMETRY, 1)
     keys = np.array([(1, 0, 0), (0, 0, 0)], KEY_DTYPE)
@@ -262,6 +262,7 @@ MANIFESTS = st.builds(
             st.integers(0, 99),
             st.booleans(),
             st.sampled_from([None, ((1, 7),), ((3, 2), (0, 1), (9, 4))]),
+            st.integers(0, 1 << 40),
         ),
         max_size=4,
         unique_by=(lambda s: s.session_id, lambda s: s.name),

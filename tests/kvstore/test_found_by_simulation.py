@@ -86,11 +86,12 @@ def test_a_read_that_goes_wrong_once_costs_nothing_at_the_start(kind: str, torn_
     engine = filled(disk)
     if not torn_end:
         engine.shutdown()
-    clean = disk.kill()
+    before = disk.kill()
+    clean = before.kill()
     make(clean)
     for n in range(1, clean.counts["read"] + 1):
         for seed in range(4):
-            disk = disk.kill()
+            disk = before.kill()
             disk.schedule([Fault("read", n, kind, seed)])  # type: ignore[arg-type]
             engine = make(disk)
             assert len(disk.struck) == 1

@@ -59,15 +59,19 @@ def _show(address: str, stats: kvd_pb2.StatResponse, sessions: list[kvd_pb2.Sess
             f"{stats.fetches} calls; RAM {stats.fetched_ram_records} records, {size(stats.fetched_ram_bytes)}; "
             f"NVMe {stats.fetched_nvme_records} records, {size(stats.fetched_nvme_bytes)}",
         ),
-        ("evicted", f"{stats.evicted_extents} extents"),
+        ("chunks", f"{stats.chunks} stored, {stats.shared_chunks} appended that were stored already"),
+        (
+            "evicted",
+            f"{stats.evicted_extents} extents, {stats.evicted_sessions} sessions; {stats.expired_sessions} expired",
+        ),
         ("damaged", f"{stats.damaged_records} records"),
         ("clients", f"{stats.attached_clients} with shared memory"),
     ):
         facts.add_row(name, value)
     console.print(facts)
     table = Table(title=f"{len(sessions)} sessions", title_justify="left")
-    for heading in ("id", "name", "tokens", "durable", "K/V", "geometry", "damaged"):
-        table.add_column(heading, justify="left" if heading in ("name", "geometry") else "right")
+    for heading in ("id", "name", "tokens", "durable", "K/V", "geometry", "damaged", "epoch", "tenant", "kept"):
+        table.add_column(heading, justify="left" if heading in ("name", "geometry", "tenant", "kept") else "right")
     for session in sessions:
         g = session.geometry
         chunk_bytes = Geometry(g.layers, g.kv_heads, g.head_dim, g.dtype, g.chunk_tokens, g.group_tokens).chunk_bytes
@@ -79,6 +83,17 @@ def _show(address: str, stats: kvd_pb2.StatResponse, sessions: list[kvd_pb2.Sess
             size(session.chunk_count * chunk_bytes),
             f"{g.layers} x {g.kv_heads} x {g.head_dim} {g.dtype}",
             str(session.damaged_records),
+            str(session.epoch),
+            Text(session.tenant),
+            ", ".join(
+                word
+                for word, is_so in (
+                    ("pinned", session.pinned),
+                    ("parked", session.parked),
+                    (f"{session.ttl_s} s", session.ttl_s > 0),
+                )
+                if is_so
+            ),
         )
     if sessions:
         console.print(table)

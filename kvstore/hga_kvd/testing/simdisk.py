@@ -32,6 +32,7 @@ from hga_kvd.io_engine import transfer_all
 from hga_kvd.testing.faults import Fault, Remains
 
 SECTOR_BYTES = 512
+BLOCK_BYTES = 4096
 SLOW_S = 0.0005
 
 
@@ -49,6 +50,7 @@ class _File:
     shadow: bytearray | None = None  # None: the same
     before: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)  # sector -> synced (content, shadow)
     bad: set[int] = field(default_factory=set)  # sectors that cannot be read
+    holes: set[int] = field(default_factory=set)  # sectors that take no space
 
     def write(self, offset: int, data: bytes, stored_at: int | None = -1, stored: bytes | None = None) -> None:
         """data belongs at offset. A fault stores other bytes, or stores them elsewhere (None: nowhere)."""
@@ -64,8 +66,16 @@ class _File:
         if self.shadow is not None:
             self.shadow[offset : offset + len(data)] = data
         if stored_at is not None:
+            self.holes.difference_update(_sectors(stored_at, len(data)))
             self.content[stored_at : stored_at + len(data)] = stored
             self.bad -= set(_sectors(stored_at, len(data)))
+
+    def punch(self, offset: int, length: int) -> None:
+        self.write(offset, bytes(length))
+        self.holes.update(_sectors(offset, length))
+
+    def taken(self) -> int:
+        return len(self.content) - SECTOR_BYTES * len(self.holes)
 
     def rot(self, offset: int, bit: int) -> None:
         if self.shadow is None:
@@ -76,6 +86,7 @@ class _File:
         """These are as they were when last synced."""
         for sector in sectors:
             here = slice(sector * SECTOR_BYTES, (sector + 1) * SECTOR_BYTES)
+            self.holes.discard(sector)
             self.content[here], shadow = self.before[sector]
             if self.shadow is not None:
                 self.shadow[here] = shadow
@@ -95,10 +106,11 @@ class SimDisk:
     def __init__(self, bytes_max: int = 1 << 40, seed: int | None = None) -> None:
         """seed: completions come in a random order, and what is under way when power fails is done by halves."""
         self.bytes_max = bytes_max
+        self.can_punch = True
         self.struck: list[Fault] = []  # scheduled faults that have happened
         self.operations = 0
         self.on_rot: Callable[[], None] = lambda: None  # called when what is stored here has gone bad
-        self.counts = dict.fromkeys(("read", "write", "sync", "names", "create", "replace", "remove"), 0)
+        self.counts = dict.fromkeys(("read", "write", "sync", "names", "create", "replace", "remove", "punch"), 0)
         self._chance = None if seed is None else random.Random(seed)
         self._lock = threading.RLock()
         self._files: dict[str, _File] = {}
@@ -180,7 +192,7 @@ class SimDisk:
     def stored_bytes(self, prefix: str) -> int:
         """What files whose name starts so take on the device."""
         with self._lock:
-            return sum(len(file.content) for name, file in self._files.items() if name.startswith(prefix))
+            return sum(file.taken() for name, file in self._files.items() if name.startswith(prefix))
 
     def meant(self, name: str) -> bytes:
         """What `get` would return if nothing had been corrupted."""
@@ -242,6 +254,18 @@ class SimDisk:
             self._step("names")
             self._durable_names = dict(self._files)
 
+    def punch(self, handle: int, offset: int, length: int) -> None:
+        assert offset % BLOCK_BYTES == length % BLOCK_BYTES == 0
+        with self._lock:
+            if not self.can_punch:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            self._step("punch")
+            self._handles[handle].punch(offset, length)
+
+    def taken(self, handle: int) -> int:
+        with self._lock:
+            return self._handles[handle].taken()
+
     def close(self, handle: int) -> None:
         with self._lock:
             del self._handles[handle]
@@ -302,9 +326,10 @@ class SimDisk:
         disk = SimDisk(self.bytes_max)
         for name, file in sorted(files.items()):
             shadow = None if file.shadow is None else bytearray(file.shadow)
-            disk._files[name] = _File(bytearray(file.content), shadow, {}, set(file.bad))
+            disk._files[name] = _File(bytearray(file.content), shadow, {}, set(file.bad), set(file.holes))
         disk._durable_names = dict(disk._files)
         disk._chance = self._chance
+        disk.can_punch = self.can_punch
         return disk
 
     def _names_after(self, remains: Remains, chance: random.Random) -> dict[str, _File]:
@@ -331,7 +356,7 @@ class SimDisk:
         return unsynced
 
     def _free(self) -> int:
-        return self.bytes_max - sum(len(file.content) for file in self._files.values())
+        return self.bytes_max - sum(file.taken() for file in self._files.values())
 
     def _handle(self, name: str) -> int:
         handle = self._next_handle

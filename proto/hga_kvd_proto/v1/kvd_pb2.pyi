@@ -142,6 +142,28 @@ class TruncateResponse(_message.Message):
     chunk_count: int
     def __init__(self, epoch: _Optional[int] = ..., chunk_count: _Optional[int] = ...) -> None: ...
 
+class ParkRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    def __init__(self, session_id: _Optional[int] = ...) -> None: ...
+
+class ParkResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("session_id", "pinned")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    pinned: bool
+    def __init__(self, session_id: _Optional[int] = ..., pinned: bool = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class AppendRequest(_message.Message):
     __slots__ = ("header", "payload")
     HEADER_FIELD_NUMBER: _ClassVar[int]
@@ -301,7 +323,7 @@ class ListResponse(_message.Message):
     def __init__(self, sessions: _Optional[_Iterable[_Union[SessionInfo, _Mapping]]] = ..., more: bool = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session_id", "name", "geometry", "chunk_count", "durable_chunk_count", "damaged_records", "temporary", "token_ids", "epoch", "pinned", "tenant", "ttl_s")
+    __slots__ = ("session_id", "name", "geometry", "chunk_count", "durable_chunk_count", "damaged_records", "temporary", "token_ids", "epoch", "pinned", "parked", "tenant", "ttl_s")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +334,7 @@ class SessionInfo(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     session_id: int
@@ -324,9 +347,10 @@ class SessionInfo(_message.Message):
     token_ids: bytes
     epoch: int
     pinned: bool
+    parked: bool
     tenant: str
     ttl_s: int
-    def __init__(self, session_id: _Optional[int] = ..., name: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., chunk_count: _Optional[int] = ..., durable_chunk_count: _Optional[int] = ..., damaged_records: _Optional[int] = ..., temporary: bool = ..., token_ids: _Optional[bytes] = ..., epoch: _Optional[int] = ..., pinned: bool = ..., tenant: _Optional[str] = ..., ttl_s: _Optional[int] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[int] = ..., name: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., chunk_count: _Optional[int] = ..., durable_chunk_count: _Optional[int] = ..., damaged_records: _Optional[int] = ..., temporary: bool = ..., token_ids: _Optional[bytes] = ..., epoch: _Optional[int] = ..., pinned: bool = ..., parked: bool = ..., tenant: _Optional[str] = ..., ttl_s: _Optional[int] = ...) -> None: ...
 
 class StatRequest(_message.Message):
     __slots__ = ("session_id", "first_chunk")
@@ -337,7 +361,7 @@ class StatRequest(_message.Message):
     def __init__(self, session_id: _Optional[int] = ..., first_chunk: _Optional[int] = ...) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "io_engine", "sessions", "ram_bytes_max", "ram_bytes_used", "ram_bytes_dirty", "nvme_bytes_max", "nvme_bytes_used", "fetches", "fetched_ram_records", "fetched_nvme_records", "fetched_ram_bytes", "fetched_nvme_bytes", "appended_bytes", "written_bytes", "flushes", "damaged_records", "evicted_extents", "attached_clients", "session", "chunks", "shared_chunks", "late_records", "prefetched_records", "prefetch_useful_records", "prefetch_wasted_records")
+    __slots__ = ("version", "uptime_s", "io_engine", "sessions", "ram_bytes_max", "ram_bytes_used", "ram_bytes_dirty", "nvme_bytes_max", "nvme_bytes_used", "fetches", "fetched_ram_records", "fetched_nvme_records", "fetched_ram_bytes", "fetched_nvme_bytes", "appended_bytes", "written_bytes", "flushes", "damaged_records", "evicted_extents", "attached_clients", "session", "chunks", "shared_chunks", "evicted_sessions", "expired_sessions", "nvme_bytes_live", "late_records", "prefetched_records", "prefetch_useful_records", "prefetch_wasted_records")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     IO_ENGINE_FIELD_NUMBER: _ClassVar[int]
@@ -361,6 +385,9 @@ class StatResponse(_message.Message):
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     SHARED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NVME_BYTES_LIVE_FIELD_NUMBER: _ClassVar[int]
     LATE_RECORDS_FIELD_NUMBER: _ClassVar[int]
     PREFETCHED_RECORDS_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_USEFUL_RECORDS_FIELD_NUMBER: _ClassVar[int]
@@ -388,8 +415,11 @@ class StatResponse(_message.Message):
     session: SessionInfo
     chunks: int
     shared_chunks: int
+    evicted_sessions: int
+    expired_sessions: int
+    nvme_bytes_live: int
     late_records: int
     prefetched_records: int
     prefetch_useful_records: int
     prefetch_wasted_records: int
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., io_engine: _Optional[str] = ..., sessions: _Optional[int] = ..., ram_bytes_max: _Optional[int] = ..., ram_bytes_used: _Optional[int] = ..., ram_bytes_dirty: _Optional[int] = ..., nvme_bytes_max: _Optional[int] = ..., nvme_bytes_used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_ram_records: _Optional[int] = ..., fetched_nvme_records: _Optional[int] = ..., fetched_ram_bytes: _Optional[int] = ..., fetched_nvme_bytes: _Optional[int] = ..., appended_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., flushes: _Optional[int] = ..., damaged_records: _Optional[int] = ..., evicted_extents: _Optional[int] = ..., attached_clients: _Optional[int] = ..., session: _Optional[_Union[SessionInfo, _Mapping]] = ..., chunks: _Optional[int] = ..., shared_chunks: _Optional[int] = ..., late_records: _Optional[int] = ..., prefetched_records: _Optional[int] = ..., prefetch_useful_records: _Optional[int] = ..., prefetch_wasted_records: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., io_engine: _Optional[str] = ..., sessions: _Optional[int] = ..., ram_bytes_max: _Optional[int] = ..., ram_bytes_used: _Optional[int] = ..., ram_bytes_dirty: _Optional[int] = ..., nvme_bytes_max: _Optional[int] = ..., nvme_bytes_used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_ram_records: _Optional[int] = ..., fetched_nvme_records: _Optional[int] = ..., fetched_ram_bytes: _Optional[int] = ..., fetched_nvme_bytes: _Optional[int] = ..., appended_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., flushes: _Optional[int] = ..., damaged_records: _Optional[int] = ..., evicted_extents: _Optional[int] = ..., attached_clients: _Optional[int] = ..., session: _Optional[_Union[SessionInfo, _Mapping]] = ..., chunks: _Optional[int] = ..., shared_chunks: _Optional[int] = ..., evicted_sessions: _Optional[int] = ..., expired_sessions: _Optional[int] = ..., nvme_bytes_live: _Optional[int] = ..., late_records: _Optional[int] = ..., prefetched_records: _Optional[int] = ..., prefetch_useful_records: _Optional[int] = ..., prefetch_wasted_records: _Optional[int] = ...) -> None: ...

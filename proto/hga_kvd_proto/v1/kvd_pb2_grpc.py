@@ -64,6 +64,16 @@ class KvdStub(object):
                 request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.SerializeToString,
                 response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.FromString,
                 _registered_method=True)
+        self.Park = channel.unary_unary(
+                '/hga_kvd.v1.Kvd/Park',
+                request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.ParkRequest.SerializeToString,
+                response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.ParkResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/hga_kvd.v1.Kvd/Pin',
+                request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PinRequest.SerializeToString,
+                response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PinResponse.FromString,
+                _registered_method=True)
         self.Prefetch = channel.unary_unary(
                 '/hga_kvd.v1.Kvd/Prefetch',
                 request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PrefetchRequest.SerializeToString,
@@ -187,6 +197,21 @@ class KvdServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Park(self, request, context):
+        """Flushes the session and takes it out of RAM; it stays on NVMe and is read from there. A parked session may be evicted
+        (see --evict) until it is used again. Statuses of Flush.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """A pinned session is never evicted and does not expire. Durable when it returns, if the session is. NOT_FOUND; DATA_LOSS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Prefetch(self, request, context):
         """Brings records into RAM behind all fetches, as far as there is room for them, and returns at once. It takes the place
         of what the session's earlier Prefetch has not brought yet; what is left of it ends when the session or epoch does.
@@ -280,6 +305,16 @@ def add_KvdServicer_to_server(servicer, server):
                     servicer.Truncate,
                     request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.FromString,
                     response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.SerializeToString,
+            ),
+            'Park': grpc.unary_unary_rpc_method_handler(
+                    servicer.Park,
+                    request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.ParkRequest.FromString,
+                    response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.ParkResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PinRequest.FromString,
+                    response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.PinResponse.SerializeToString,
             ),
             'Prefetch': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefetch,
@@ -484,6 +519,60 @@ class Kvd(object):
             '/hga_kvd.v1.Kvd/Truncate',
             hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateRequest.SerializeToString,
             hga__kvd__proto_dot_v1_dot_kvd__pb2.TruncateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Park(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hga_kvd.v1.Kvd/Park',
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.ParkRequest.SerializeToString,
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.ParkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hga_kvd.v1.Kvd/Pin',
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.PinRequest.SerializeToString,
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.PinResponse.FromString,
             options,
             channel_credentials,
             insecure,
