@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROOTS = ("proto", "kvstore", "client", "model_patch")
 # Those that hold the guarantee; the first failure ends the run.
-TESTS = ("tests/kvstore/test_recovery.py", "tests/kvstore/test_simulation.py")
+TESTS = tuple(f"tests/kvstore/test_{name}.py" for name in ("recovery", "found_by_simulation", "simulation"))
 RUN_S = 240
 
 

@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-Operation = Literal["read", "write", "sync", "names", "create", "replace", "remove"]
+Operation = Literal["read", "write", "sync", "names", "create", "replace", "remove", "punch"]
 Severity = Literal["clean", "failing", "corrupting"]
 # What a power loss leaves of the sectors and names that were not synced: nothing; all; all but a piece of the last
 # write; a random half.
@@ -48,6 +48,7 @@ _FAILING: dict[Operation, tuple[Kind, ...]] = {
     "create": ("eio", "enospc"),
     "replace": ("eio", "enospc", "done"),
     "remove": ("eio",),
+    "punch": ("eio",),
 }
 _CORRUPTING: dict[Operation, tuple[Kind, ...]] = {
     "read": ("flip", "misdirect", "rot", "bad", "short"),
@@ -60,7 +61,7 @@ KINDS: dict[Severity, dict[Operation, tuple[Kind, ...]]] = {
 }
 # What a life of 10 to 30 steps does of each, so that most faults strike.
 _REACH: dict[Operation, int] = {
-    "read": 60, "write": 40, "sync": 16, "names": 4, "create": 4, "replace": 8, "remove": 3,
+    "read": 60, "write": 40, "sync": 16, "names": 4, "create": 4, "replace": 8, "remove": 3, "punch": 6,
 }  # fmt: skip
 
 

@@ -41,6 +41,8 @@ class Store(Protocol):
     def get_summaries(
         self, session_id: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int, epoch: int = 0
     ) -> tuple[int, bytes]: ...
+    def park(self, session_id: int) -> None: ...
+    def pin(self, session_id: int, pinned: bool) -> None: ...
     def close(self, session_id: int) -> None: ...
     def delete(self, session_id: int) -> None: ...
     def list(self) -> list[SessionInfo]: ...
@@ -102,6 +104,7 @@ class Known:
     epoch: int = 0
     durable: bool = False  # it is there after any restart
     durable_chunks: int = 0
+    pinned: set[bool] = field(default_factory=lambda: {False})  # what it may be, after pins that did not return well
     deleting: bool = False  # a delete has begun and did not return
     undo: list[Known] = field(default_factory=list)  # as it was before truncations that did not return well
     shaky: set[int] = field(default_factory=set)  # chunks that a fault may have damaged, if they are found
@@ -122,7 +125,9 @@ class Known:
 
     def before(self) -> Known:
         """A copy, to go back to."""
-        return replace(self, chunks=list(self.chunks), undo=[], shaky=set(self.shaky), ghosts=list(self.ghosts))
+        copy = replace(self, chunks=list(self.chunks), undo=[], ghosts=list(self.ghosts))
+        copy.shaky, copy.pinned = set(self.shaky), set(self.pinned)
+        return copy
 
     def cut(self, chunk_count: int) -> None:
         self.epoch += 1

@@ -105,6 +105,12 @@ class RemoteStore:
         answer = self._ask("GetSummaries", request)
         return answer.chunk_count, answer.payload
 
+    def park(self, session_id: int) -> None:
+        self._ask("Park", kvd_pb2.ParkRequest(session_id=session_id))
+
+    def pin(self, session_id: int, pinned: bool) -> None:
+        self._ask("Pin", kvd_pb2.PinRequest(session_id=session_id, pinned=pinned))
+
     def close(self, session_id: int) -> None:
         self._ask("Close", kvd_pb2.CloseRequest(session_id=session_id))
 
@@ -159,4 +165,5 @@ def _info(message: Any, created: bool = False) -> SessionInfo:
         getattr(message, "token_ids", b""),
         created,
         message.epoch,
+        pinned=getattr(message, "pinned", False),
     )

@@ -31,7 +31,8 @@ SESSIONS_MAX = 6
 
 # Every step and how often it is taken.
 STEPS = {
-    "append": 7, "fetch": 4, "flush": 4, "put": 2, "get": 2, "fork": 2, "truncate": 2, "open": 1, "delete": 1, "close": 1,
+    "append": 8, "fetch": 5, "flush": 4, "put": 2, "get": 2, "fork": 2, "truncate": 2, "open": 1, "delete": 1, "close": 1,
+    "park": 1, "pin": 1,
 }  # fmt: skip
 
 
@@ -205,6 +206,26 @@ class Trial:
         known.flushed()
         return known.key
 
+    def _park(self) -> str:
+        """Durable, and from now on read from disk."""
+        known = self._pick()
+        if known is None or not known.name:
+            return "nothing"
+        self.store.park(known.session_id)
+        known.flushed()
+        return known.key
+
+    def _pin(self) -> str:
+        known = self._pick()
+        if known is None:
+            return "nothing"
+        pinned = self._chance.random() < 0.5
+        known.pinned.add(pinned)
+        self.store.pin(known.session_id, pinned)
+        if known.durable:
+            known.pinned = {pinned}
+        return f"{known.key} {pinned}"
+
     def _put(self) -> str:
         known = self._pick()
         if known is None or not known.chunks:
@@ -366,6 +387,8 @@ class Trial:
         assert versions, f"{known.key} is in epoch {info.epoch}, not {known.epoch}"
         known = versions[0]
         known.deleting, known.undo = False, []
+        assert info.pinned in known.pinned, f"{known.key} is {'' if info.pinned else 'not '}pinned"
+        known.pinned = {info.pinned}
         assert (info.session_id, info.geometry) == (known.session_id, known.geometry), known.key
         shaken = self.excuses.start() or self.excuses.session(known.session_id)
         chunks = known.chunks + known.ghosts
