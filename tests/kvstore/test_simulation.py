@@ -18,8 +18,8 @@ from hga_kvd.testing.simdisk import SimDisk
 from hga_kvd.testing.simulation import SMALL, Simulation, Violation
 from hga_kvd.testing.trial import Trial
 
-# 36 lives of about 33 operations, 2,000 schedules: about 60 s of one core.
-CRASH_SEEDS = 36
+# 30 lives of about 36 operations, 2,000 schedules: about 100 s of one core.
+CRASH_SEEDS = 30
 CRASH_POINTS_MIN = 1000
 SCHEDULES = 2000
 BLOCK = 100
