@@ -8,10 +8,12 @@ import time
 import grpc
 import numpy as np
 import pytest
+from hga_kvd.__main__ import app
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.refusals import ERROR_KEY
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2
+from typer.testing import CliRunner
 
 MIB = 1 << 20
 GEOMETRY = Geometry(layers=2, kv_heads=2, head_dim=16, dtype="bfloat16", rope="10000", model_fingerprint="m")
@@ -56,6 +58,24 @@ def parts(session_id, payload, first=0, chunks=1, *, part_bytes=1000, token_ids=
 def append(stub, session_id, payload, first=0, **options):
     chunks = options.pop("chunks", payload.size // GEOMETRY.chunk_bytes)
     return stub.Append(parts(session_id, payload, first, chunks, **options), timeout=20).chunk_count
+
+
+def rot(directory, payload, chunk):
+    """Overwrites the first bytes of a chunk where they lie on disk."""
+    wanted = payload.tobytes()[chunk * GEOMETRY.chunk_bytes :][:64]
+    for path in directory.glob("segment-*.kvs"):
+        place = path.read_bytes().find(wanted)
+        if place > 0:
+            with path.open("r+b") as file:
+                file.seek(place)
+                file.write(b"\xff" * 64)
+            return
+    raise AssertionError("these bytes are in no segment")
+
+
+def command(*arguments):
+    """`hga-kvd` with these arguments, in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refused(call, *arguments, **options):

@@ -59,6 +59,9 @@ def daemon(
         typer.Option("--listen", metavar="ADDRESS", help="unix:PATH, /PATH or HOST:PORT; may be given several times."),
     ] = None,
     io_engine: Annotated[str | None, typer.Option(metavar="auto|uring|liburing|posix", help="How to read DIR.")] = None,
+    scrub_rate: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes a second to verify in the background; 0: none.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(metavar="debug|info|warning|error", help="What to log.")] = None,
     metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Serve Prometheus metrics here.")] = None,
     config_file: Annotated[
@@ -79,6 +82,7 @@ def daemon(
         "evict": evict,
         "listen": tuple(listen_on) if listen_on else None,
         "io_engine": io_engine,
+        "scrub_rate": scrub_rate,
         "log_level": log_level,
         "metrics": metrics,
     }

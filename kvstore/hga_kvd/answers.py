@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.geometry import Geometry
+from hga_kvd.geometry import Geometry, Keys
 
 U8 = npt.NDArray[np.uint8]
 
@@ -40,6 +40,14 @@ class SessionInfo:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """damaged: KEY_DTYPE, records that are lost or wrong."""
+
+    record_count: int
+    damaged: Keys
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """As in StatResponse of kvd.proto."""
 
@@ -69,6 +77,9 @@ class EngineStats:
     evicted_sessions: int
     expired_sessions: int
     nvme_bytes_live: int
+    scrubbed_bytes: int
+    scrub_damaged_records: int
+    scrub_dropped_records: int
 
 
 @dataclass(eq=False)
@@ -85,3 +96,6 @@ class Counters:
     late_records: int = 0
     evicted_sessions: int = 0  # from RAM alone; the log counts its own
     expired_sessions: int = 0
+    scrubbed_bytes: int = 0
+    scrub_damaged_records: int = 0
+    scrub_dropped_records: int = 0

@@ -5,8 +5,9 @@
 - A slot starts on a 4096-byte boundary and takes a multiple of that, so it can be written to disk as it lies.
 - Records are copied as rows of the region seen as [bytes / unit, unit]; the unit is the largest power of two that
   divides a record, so one np.take gathers any set of records.
-- Per record: EMPTY, FILLING (one call is bringing it in and is the only one to write there) or VALID (never changes
-  again until the slot is freed). Per slot: pins (calls that use it outside the lock), dirty (only RAM has it).
+- Per record: EMPTY, FILLING (one call is bringing it in and is the only one to write there), VALID (never changes
+  again until the slot is freed) or BAD (its bytes went wrong while only RAM had them: never served, never filled). Per
+  slot: pins (calls that use it outside the lock), dirty (only RAM has it).
 - A slot that is freed while pinned is doomed: it goes back to the free list at the last unpin.
 
 The engine's lock guards everything here except the copies, which touch only slots pinned by the copying call.
@@ -23,7 +24,7 @@ I64 = npt.NDArray[np.int64]
 PAGE_BYTES = 2 << 20
 BLOCK_BYTES = 4096
 
-EMPTY, FILLING, VALID = 0, 1, 2
+EMPTY, FILLING, VALID, BAD = 0, 1, 2, 3
 
 
 def unit_bytes(record_bytes: int) -> int:

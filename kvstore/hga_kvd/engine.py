@@ -25,7 +25,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from hga_kvd import chains, hits, misses, recall, sessions
-from hga_kvd.answers import Counters, EngineStats, Fetched, SessionInfo
+from hga_kvd.answers import Counters, EngineStats, Fetched, SessionInfo, Verified
 from hga_kvd.appended import Appended
 from hga_kvd.arena import VALID, copy_records
 from hga_kvd.checksum import checksums, record_seeds
@@ -49,6 +49,7 @@ from hga_kvd.misses import Misses
 from hga_kvd.prefetch import Ledger, Part, PrefetchQueue
 from hga_kvd.reads import read_verified
 from hga_kvd.residency import Pool, Residency, locate, out_of_range
+from hga_kvd.scrub import Found, Scrubber, extent_keys, keys_of
 from hga_kvd.segments import SegmentLog
 from hga_kvd.startup import recover
 from hga_kvd.writeout import WriteOut
@@ -70,6 +71,11 @@ WRITE_RETRY_S = 1.0
 EXPIRE_S = 1.0
 # Read parts of large fetches beside the calling threads; they share the queue depth of the disk.
 READER_THREADS = 2
+# One read of a scrub: 0.3 ms of a disk of 1.6 GB/s, so that no fetch waits long behind it.
+SCRUB_STEP_BYTES = 512 << 10
+SCRUB_IDLE_S = 1.0
+SCRUB_PAUSE_S_MIN = 0.001  # between two steps, whatever the rate: calls in flight come first
+VERIFY_BYTES = 16 << 20  # of chunks at once in `verify`
 
 STATUS_DAMAGED, STATUS_LATE = 1, 2
 # A part of a prefetch lets fetches go first, but not for ever.
@@ -109,13 +115,18 @@ class Engine:
         self._prefetched_records = 0
         self._prefetcher: threading.Thread | None = None
         self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="read")  # started when first used
+        self._scrubber = Scrubber(self._residency, None, None)
+        self._scrub_thread = threading.Thread(target=self._scrub_in_background, name="scrub", daemon=True)
         if disk is not None:
             segments = SegmentLog(disk, settings.segment_bytes, settings.nvme_max, settings.nvme_reserve)
             self._writeout = WriteOut(self._residency, disk, segments, self._log, settings.evict == "lru")
+            self._scrubber = Scrubber(self._residency, disk, segments)
             self._counters.damaged_records = self._recover(disk, self._writeout)
         if background:
             self._thread = threading.Thread(target=self._work_in_background, name="write-out", daemon=True)
             self._thread.start()
+        if background and settings.scrub_rate:
+            self._scrub_thread.start()
 
     # --- sessions ---
 
@@ -561,8 +572,7 @@ class Engine:
             pool.policy.touch(found)
             missing = None
             if not all_hit:
-                assert self._writeout is not None
-                log = self._writeout.segments
+                log = self._writeout.segments if self._writeout else None
                 missing = misses.plan(self._residency, log, pool, rows, layers, records, missing=np.flatnonzero(~hit))
                 self._reading += foreground
         bad = keep = late = None
@@ -573,7 +583,6 @@ class Engine:
                 at = np.flatnonzero(hit) * slots.record_bytes
                 starts = slots.starts(found, records[hit])
                 copy_records(self._residency.memory, starts, destination.data, at, slots.record_bytes)
-                assert self._disk is not None
                 bad, keep, late = misses.bring(
                     self._disk, self._readers, self._residency, pool, missing, destination, overdue
                 )
@@ -625,15 +634,23 @@ class Engine:
             counters.fetched_nvme_records += read
             counters.fetched_nvme_bytes += read * missing.items.item_bytes
             counters.late_records += not_ok - damaged
-            found = {tuple(key) for key in keys[missing.items.positions[bad]].tolist()} - session.damaged
-            session.damaged |= found
-            chunks = np.array([key[0] for key in found], np.int64) // session.table.geometry.groups_per_chunk
-            session.table.forget_chains(np.unique(session.rows[chunks]))  # a new copy must not be taken for this one
-            session.damaged_records += len(found)
-            self._counters.damaged_records += len(found)
+            marked = self._mark_damaged(session, keys[missing.items.positions[bad]])
+        self._log_damaged(session, marked)
+        return Fetched(statuses if not_ok else None, ram_records, read)
+
+    def _mark_damaged(self, session: Session, keys: Keys) -> set[tuple[int, int, int]]:
+        """Counts records that are wrong wherever they were looked for. Returns those that are news."""
+        found = {tuple(key) for key in keys.tolist()} - session.damaged
+        session.damaged |= found
+        chunks = np.array([key[0] for key in found], np.int64) // session.table.geometry.groups_per_chunk
+        session.table.forget_chains(np.unique(session.rows[chunks]))  # a new copy must not be taken for this one
+        session.damaged_records += len(found)
+        self._counters.damaged_records += len(found)
+        return found
+
+    def _log_damaged(self, session: Session, found: set[tuple[int, int, int]]) -> None:
         for group, kv_head, layer in sorted(found):
             self._log.error("record damaged", session=session.session_id, layer=layer, kv_head=kv_head, group=group)
-        return Fetched(statuses if not_ok else None, ram_records, read)
 
     # --- prefetch ---
 
@@ -687,6 +704,64 @@ class Engine:
             except IndexError:
                 raise out_of_range(session, keys) from None
             return missing
+
+    # --- integrity ---
+
+    def verify(self, session_id: int) -> Verified:
+        """Compares every record of the session, on disk and in RAM, with its checksum. Takes as long as reading it does.
+
+        Raises: SessionNotFound.
+        """
+        with self._lock:
+            session = self._residency.session(session_id)
+            pool, geometry = self._residency.pools[session.pool], session.table.geometry
+            rows = session.all_rows().copy()
+        step = max(1, VERIFY_BYTES // pool.table.chunk_stride)
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            self._take_note(self._scrubber.check_chunks(pool, part[part != LOST_ROW]))
+        with self._lock:
+            session = self._residency.session(session_id)
+            lost = np.flatnonzero(session.all_rows() == LOST_ROW)
+            keys = np.array(sorted(session.damaged), KEY_DTYPE)
+        keys = np.concatenate((keys, extent_keys(geometry, lost)))
+        return Verified(len(rows) * geometry.layers * geometry.records_per_extent, keys)
+
+    def scrub(self, bytes_max: int) -> int:
+        """Verifies about so many bytes more, of disk and arena in turns. Returns how many; 0: there are none."""
+        found = self._scrubber.step(bytes_max)
+        self._take_note(found)
+        with self._lock:
+            self._counters.scrubbed_bytes += found.bytes
+        return found.bytes
+
+    def _take_note(self, found: Found) -> None:
+        if found.dropped_records:
+            self._log.error("bad copies in RAM dropped", records=found.dropped_records)
+        news = []
+        with self._lock:
+            self._counters.scrub_dropped_records += found.dropped_records
+            for damage in found.damage:
+                for session in self._residency.sessions.values():
+                    if session.table is damage.pool.table:
+                        marked = self._mark_damaged(session, keys_of(session, damage))
+                        self._counters.scrub_damaged_records += len(marked)
+                        news.append((session, marked))
+        for session, marked in news:
+            self._log_damaged(session, marked)
+
+    def _scrub_in_background(self) -> None:
+        """Goes round at scrub_rate bytes a second."""
+        rate = self._settings.scrub_rate
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            try:
+                done = self.scrub(SCRUB_STEP_BYTES)
+            except OSError as error:
+                self._log.warning("scrub failed", error=str(error))
+                done = 0
+            left = started + done / rate - time.monotonic() if done else SCRUB_IDLE_S
+            self._stopping.wait(max(SCRUB_PAUSE_S_MIN, left))
 
     # --- durability ---
 
@@ -747,6 +822,8 @@ class Engine:
         self._prefetches.close()
         if self._prefetcher is not None:
             self._prefetcher.join()
+        if self._scrub_thread.ident is not None:
+            self._scrub_thread.join()
         self._readers.shutdown()
         if self._writeout is None or self._disk is None:
             return
@@ -820,6 +897,12 @@ class Engine:
             )
         return found.chunk_count, found.result.tobytes()
 
+    def summary_kinds(self, session_id: int) -> dict[str, Bools]:
+        """Which chunks have a summary of each kind that the session has. Raises: SessionNotFound."""
+        with self._lock:
+            session = self._residency.session(session_id)
+            return session.table.summaries.kinds_of(session.all_rows())
+
     # --- counters ---
 
     def stats(self) -> EngineStats:
@@ -854,6 +937,9 @@ class Engine:
                 evicted_sessions=counters.evicted_sessions + (writeout.evicted_sessions if writeout else 0),
                 expired_sessions=counters.expired_sessions,
                 nvme_bytes_live=sum(pool.table.disk_bytes() for pool in self._residency.pools),
+                scrubbed_bytes=counters.scrubbed_bytes,
+                scrub_damaged_records=counters.scrub_damaged_records,
+                scrub_dropped_records=counters.scrub_dropped_records,
             )
 
 

@@ -45,6 +45,9 @@ _COUNTERS = {
     "evicted_extents": "Extents evicted from the arena",
     "evicted_sessions": "Sessions deleted because space was short",
     "expired_sessions": "Sessions deleted because their time was up",
+    "scrubbed_bytes": "Bytes verified in the background",
+    "scrub_damaged_records": "Records that scrub or Verify found damaged",
+    "scrub_dropped_records": "Bad copies in the arena that were dropped and are read from NVMe again",
     "shared_chunks": "Chunks appended that were stored already",
 }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.arena import copy_records
+from hga_kvd.arena import BAD, copy_records
 from hga_kvd.checksum import record_seeds
 from hga_kvd.disk import Disk
 from hga_kvd.index import LOST_ROW, NO_SEGMENT
@@ -42,18 +42,20 @@ class Misses:
     pinned_slots: I64
     copies_to: I64  # keys that ask for the same record as an item does ...
     copies_of: I64  # ... and which item
-    lost: I64  # keys whose chunk recovery could not find
+    lost: I64  # keys of records that are nowhere
 
 
 def plan(
-    residency: Residency, log: SegmentLog, pool: Pool, rows: I64, layers: I64, records: I64, *, missing: I64
+    residency: Residency, log: SegmentLog | None, pool: Pool, rows: I64, layers: I64, records: I64, *, missing: I64
 ) -> Misses:
-    """missing: which of the keys (rows[i], layers[i], records[i]) RAM does not have."""
+    """missing: which of the keys (rows[i], layers[i], records[i]) RAM does not have. log: None without a disk."""
     table, slots = pool.table, pool.slots
-    lost = missing[rows[missing] == LOST_ROW]
-    missing = missing[rows[missing] != LOST_ROW]
+    # Nowhere: recovery could not find the chunk, or only RAM has it and there the record went BAD.
+    nowhere = table.segment[rows[missing]] == NO_SEGMENT
+    lost, missing = missing[nowhere], missing[~nowhere]
+    states = slots.state[table.slot[rows[lost], layers[lost]], records[lost]]
+    assert ((rows[lost] == LOST_ROW) | (states == BAD)).all(), "a dirty chunk without its slots"
     segment_of = table.segment[rows[missing]]
-    assert (segment_of != NO_SEGMENT).all(), "a dirty chunk without its slots"
     offset = table.offset[rows[missing]] + layers[missing] * slots.stride + records[missing] * slots.record_bytes
     order = np.lexsort((offset, segment_of))
     missing, segment_of, offset = missing[order], segment_of[order], offset[order]
@@ -61,7 +63,7 @@ def plan(
     first[1:] = (np.diff(segment_of) != 0) | (np.diff(offset) != 0)
     item_of = np.cumsum(first) - 1
     keys = missing[first]
-    segments, handles = log.pin(segment_of[first])
+    segments, handles = log.pin(segment_of[first]) if log else ((), np.zeros(0, np.int64))
     row, layer, record = rows[keys], layers[keys], records[keys]
     target, pinned = residency.claim_for_reads(pool, row, layer, record)
     seeds, expected = record_seeds(table.uid[row], layer, record), table.checksums[row, layer, record]
@@ -70,7 +72,7 @@ def plan(
 
 
 def bring(
-    disk: Disk,
+    disk: Disk | None,
     readers: Executor,
     residency: Residency,
     pool: Pool,
@@ -87,6 +89,8 @@ def bring(
     """
     items, size = misses.items, pool.slots.record_bytes
     late = np.zeros(len(items), bool)
+    if disk is None or not len(items):
+        return late, late, late
     if overdue is not None:
         bad = np.zeros(len(items), bool)
         for first in range(0, len(items), max(1, DEADLINE_PART_BYTES // size)):
@@ -136,7 +140,8 @@ def _keep(residency: Residency, pool: Pool, misses: Misses, part: slice, destina
     return wrong
 
 
-def end(residency: Residency, log: SegmentLog, pool: Pool, misses: Misses, keep: Bools | None) -> None:
+def end(residency: Residency, log: SegmentLog | None, pool: Pool, misses: Misses, keep: Bools | None) -> None:
     """Unpins. keep: as `bring` returned it; None: it did not return."""
     residency.end_reads(pool, misses.slots, misses.records, keep, misses.pinned_slots)
-    log.unpin(misses.segments)
+    if log:
+        log.unpin(misses.segments)

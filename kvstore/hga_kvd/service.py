@@ -174,6 +174,14 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         return kvd_pb2.PinResponse()
 
     @_answers
+    def Verify(self, request: kvd_pb2.VerifyRequest, context: grpc.ServicerContext) -> kvd_pb2.VerifyResponse:
+        found = self.engine.verify(request.session_id)
+        shown = found.damaged[: self.settings.message_bytes_max // found.damaged.itemsize - 1]
+        return kvd_pb2.VerifyResponse(
+            checked=found.record_count, damaged=len(found.damaged), damaged_keys=shown.tobytes()
+        )
+
+    @_answers
     def Append(
         self, requests: Iterator[kvd_pb2.AppendRequest], context: grpc.ServicerContext
     ) -> kvd_pb2.AppendResponse:
@@ -318,6 +326,8 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
             start = request.first_chunk * chunk_bytes
             room = max(chunk_bytes, self.settings.message_bytes_max // chunk_bytes * chunk_bytes)
             response.session.token_ids = info.token_ids[start : start + room]
+            for kind, has in self.engine.summary_kinds(request.session_id).items():
+                response.summary_kinds.add(kind=kind, chunks=np.packbits(has, bitorder="little").tobytes())
         return response
 
     def _buffer(self, size: int) -> U8:

@@ -93,8 +93,8 @@ def _read_manifest(disk: Disk) -> Manifest | None:
         files = [name for name in disk.names() if segment_id_of(name) is not None]
         if files:
             raise StartRefused(
-                f"the store has {len(files)} segment files but no {MANIFEST_NAME}: restore {MANIFEST_NAME}, or move "
-                "the segment files away to start empty"
+                f"the store has {len(files)} segment files but no {MANIFEST_NAME}: `hga-kvd verify DIR --repair` makes a "
+                "new one; or move the segment files away to start empty"
             ) from None
         return None
     except NewerFormat as error:
@@ -104,8 +104,8 @@ def _read_manifest(disk: Disk) -> Manifest | None:
         ) from None
     except (BadBytes, OSError) as error:
         raise StartRefused(
-            f"{MANIFEST_NAME} of the store cannot be read ({error}): restore it from a copy, or move it and the "
-            "segment files away to start empty"
+            f"{MANIFEST_NAME} of the store cannot be read ({error}): `hga-kvd verify DIR --repair` makes a new one; or "
+            "move it and the segment files away to start empty"
         ) from None
 
 

@@ -51,6 +51,11 @@ class SummaryTable:
             rows[other] = self.next[rows[other]]
         return rows
 
+    def kinds_of(self, chunks: I64) -> dict[str, npt.NDArray[np.bool_]]:
+        """Which of these chunks have a summary of each kind that any of them has."""
+        present = {kind: self.find(chunks, kind) != 0 for kind in self._kinds}
+        return {kind: has for kind, has in present.items() if has.any()}
+
     def kind_count(self, chunks: I64) -> int:
         """The most kinds that any of these chunks has."""
         known = chunks[chunks < len(self.head)]

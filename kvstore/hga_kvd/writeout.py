@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 from structlog.typing import FilteringBoundLogger
@@ -20,7 +21,7 @@ from structlog.typing import FilteringBoundLogger
 from hga_kvd import jobs
 from hga_kvd.disk import Disk
 from hga_kvd.errors import StorageFull, WriteFailed
-from hga_kvd.format import MANIFEST_NAME, Manifest, SegmentEntry, SessionEntry, encode_manifest
+from hga_kvd.format import MANIFEST_COPY_NAME, MANIFEST_NAME, Manifest, SegmentEntry, SessionEntry, encode_manifest
 from hga_kvd.index import U64, Places, Session
 from hga_kvd.jobs import Job
 from hga_kvd.residency import Residency
@@ -48,6 +49,7 @@ class WriteOut:
         self._evict = evict
         self._dead: list[Places] = []  # what the manifest on disk may still name
         self._free: list[Places] = []  # what nothing names any more, not yet given back
+        self._copied: tuple[SessionEntry, ...] | None = None  # what the manifest's copy says
         self._flushing: dict[int, Session] = {}
         self._residency = residency
         self._lock = residency.lock
@@ -263,8 +265,9 @@ class WriteOut:
                 ),
             )
         self.unsure = True
+        content = encode_manifest(manifest)
         try:
-            self._disk.replace(MANIFEST_NAME, encode_manifest(manifest))
+            self._disk.replace(MANIFEST_NAME, content)
         except BaseException:
             with self._lock:
                 self._dead = dead + self._dead
@@ -273,11 +276,23 @@ class WriteOut:
             self.unsure = False
             self.named = {entry.session_id: entry.epoch for entry in manifest.sessions}
             self.session_ids_end = manifest.next_session_id
+        self._copy_manifest(manifest, content)  # before what it may still name is given back
         if self._free or dead:
             could = self.segments.can_punch
             self._free = self.segments.punch(self._free + dead)
             if could and not self.segments.can_punch:
                 self._log.warning("this file system cannot make holes in files: space comes back by whole segments")
+
+    def _copy_manifest(self, manifest: Manifest, content: bytes) -> None:
+        """Beside the manifest, for `verify --repair`, whenever it has news that the log has not: sessions, not sizes."""
+        told = tuple(replace(entry, chunk_count=0, used_s=0) for entry in manifest.sessions)
+        if told == self._copied:
+            return
+        try:
+            self._disk.replace(MANIFEST_COPY_NAME, content)
+            self._copied = told
+        except OSError as error:  # nothing that was promised depends on it
+            self._log.warning("the manifest has no copy", error=str(error))
 
 
 def _entry(session: Session) -> SessionEntry:

@@ -49,7 +49,18 @@ def test_version():
 def test_help_lists_the_options():
     done = run("--help")
     assert done.returncode == 0
-    for option in ("nvme", "ram", "nvme-max", "listen", "io-engine", "log-level", "metrics", "config", "version"):
+    for option in (
+        "nvme",
+        "ram",
+        "nvme-max",
+        "listen",
+        "io-engine",
+        "scrub-rate",
+        "log-level",
+        "metrics",
+        "config",
+        "version",
+    ):
         assert f"--{option} " in done.stdout
     assert "stat" in done.stdout
 

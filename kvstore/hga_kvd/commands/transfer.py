@@ -26,6 +26,7 @@ from hga_kvd.archive import (
     END,
     KV,
     PART_BYTES,
+    SUMMARIES,
     BadArchive,
     Head,
     Part,
@@ -41,6 +42,7 @@ from hga_kvd.geometry import DTYPE_BYTES, KEY_DTYPE, Geometry, Keys
 
 # One Append of an import; small enough for any arena in use.
 BATCH_BYTES = 16 << 20
+SUMMARY_CHUNKS = 64  # asked for at once
 # The daemon may have to write out before it takes a batch.
 APPEND_TIMEOUT_S = 120
 
@@ -158,7 +160,30 @@ def _parts(stub: kvd_pb2_grpc.KvdStub, session: kvd_pb2.OpenResponse, geometry: 
         yield Part(BATCH, first, chunks, tokens.of(first, chunks))
         for payload in _payload(stub, session, geometry, first, chunks):
             yield Part(KV, first, chunks, payload)
+    yield from _summaries(stub, session)
     yield Part(END, 0, session.chunk_count)
+
+
+def _summaries(stub: kvd_pb2_grpc.KvdStub, session: kvd_pb2.OpenResponse) -> Iterator[Part]:
+    """Routing state of all kinds, for the runs of chunks that have it."""
+    request = kvd_pb2.StatRequest(session_id=session.session_id)
+    for kind in stub.Stat(request, timeout=CALL_TIMEOUT_S).summary_kinds:
+        has = np.unpackbits(np.frombuffer(kind.chunks, np.uint8), bitorder="little")[: session.chunk_count]
+        edges = np.flatnonzero(np.diff(has, prepend=0, append=0))
+        for start, end in edges.reshape(-1, 2).tolist():
+            first = start
+            while first < end:
+                ask = kvd_pb2.GetSummariesRequest(
+                    session_id=session.session_id, kind=kind.kind, first_chunk=first, epoch=session.epoch,
+                    chunk_count=min(end - first, SUMMARY_CHUNKS),
+                )  # fmt: skip
+                answer = stub.GetSummaries(ask, timeout=APPEND_TIMEOUT_S)
+                each = len(answer.payload) // answer.chunk_count
+                step = max(1, PART_BYTES // each)
+                for at in range(0, answer.chunk_count, step):
+                    count = min(step, answer.chunk_count - at)
+                    yield Part(SUMMARIES, first + at, count, answer.payload[at * each : (at + count) * each], kind.kind)
+                first += answer.chunk_count
 
 
 def _payload(
@@ -171,7 +196,8 @@ def _payload(
     for at in range(0, len(keys), step):
         part = keys[at : at + step]
         answer = stub.Fetch(
-            kvd_pb2.FetchRequest(session_id=session.session_id, keys=part.tobytes()), timeout=APPEND_TIMEOUT_S
+            kvd_pb2.FetchRequest(session_id=session.session_id, keys=part.tobytes(), epoch=session.epoch),
+            timeout=APPEND_TIMEOUT_S,
         )
         bad = np.flatnonzero(np.frombuffer(answer.statuses, np.uint8))
         if len(bad):

@@ -308,6 +308,22 @@ class DeleteResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class VerifyRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    def __init__(self, session_id: _Optional[int] = ...) -> None: ...
+
+class VerifyResponse(_message.Message):
+    __slots__ = ("checked", "damaged", "damaged_keys")
+    CHECKED_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_KEYS_FIELD_NUMBER: _ClassVar[int]
+    checked: int
+    damaged: int
+    damaged_keys: bytes
+    def __init__(self, checked: _Optional[int] = ..., damaged: _Optional[int] = ..., damaged_keys: _Optional[bytes] = ...) -> None: ...
+
 class ListRequest(_message.Message):
     __slots__ = ("after_session_id",)
     AFTER_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -360,8 +376,16 @@ class StatRequest(_message.Message):
     first_chunk: int
     def __init__(self, session_id: _Optional[int] = ..., first_chunk: _Optional[int] = ...) -> None: ...
 
+class SummaryKind(_message.Message):
+    __slots__ = ("kind", "chunks")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    chunks: bytes
+    def __init__(self, kind: _Optional[str] = ..., chunks: _Optional[bytes] = ...) -> None: ...
+
 class StatResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "io_engine", "sessions", "ram_bytes_max", "ram_bytes_used", "ram_bytes_dirty", "nvme_bytes_max", "nvme_bytes_used", "fetches", "fetched_ram_records", "fetched_nvme_records", "fetched_ram_bytes", "fetched_nvme_bytes", "appended_bytes", "written_bytes", "flushes", "damaged_records", "evicted_extents", "attached_clients", "session", "chunks", "shared_chunks", "evicted_sessions", "expired_sessions", "nvme_bytes_live", "late_records", "prefetched_records", "prefetch_useful_records", "prefetch_wasted_records")
+    __slots__ = ("version", "uptime_s", "io_engine", "sessions", "ram_bytes_max", "ram_bytes_used", "ram_bytes_dirty", "nvme_bytes_max", "nvme_bytes_used", "fetches", "fetched_ram_records", "fetched_nvme_records", "fetched_ram_bytes", "fetched_nvme_bytes", "appended_bytes", "written_bytes", "flushes", "damaged_records", "evicted_extents", "attached_clients", "session", "chunks", "shared_chunks", "evicted_sessions", "expired_sessions", "nvme_bytes_live", "late_records", "prefetched_records", "prefetch_useful_records", "prefetch_wasted_records", "scrubbed_bytes", "scrub_damaged_records", "scrub_dropped_records", "summary_kinds")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     IO_ENGINE_FIELD_NUMBER: _ClassVar[int]
@@ -392,6 +416,10 @@ class StatResponse(_message.Message):
     PREFETCHED_RECORDS_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_USEFUL_RECORDS_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_WASTED_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    SCRUBBED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SCRUB_DAMAGED_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    SCRUB_DROPPED_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_KINDS_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     io_engine: str
@@ -422,4 +450,8 @@ class StatResponse(_message.Message):
     prefetched_records: int
     prefetch_useful_records: int
     prefetch_wasted_records: int
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., io_engine: _Optional[str] = ..., sessions: _Optional[int] = ..., ram_bytes_max: _Optional[int] = ..., ram_bytes_used: _Optional[int] = ..., ram_bytes_dirty: _Optional[int] = ..., nvme_bytes_max: _Optional[int] = ..., nvme_bytes_used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_ram_records: _Optional[int] = ..., fetched_nvme_records: _Optional[int] = ..., fetched_ram_bytes: _Optional[int] = ..., fetched_nvme_bytes: _Optional[int] = ..., appended_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., flushes: _Optional[int] = ..., damaged_records: _Optional[int] = ..., evicted_extents: _Optional[int] = ..., attached_clients: _Optional[int] = ..., session: _Optional[_Union[SessionInfo, _Mapping]] = ..., chunks: _Optional[int] = ..., shared_chunks: _Optional[int] = ..., evicted_sessions: _Optional[int] = ..., expired_sessions: _Optional[int] = ..., nvme_bytes_live: _Optional[int] = ..., late_records: _Optional[int] = ..., prefetched_records: _Optional[int] = ..., prefetch_useful_records: _Optional[int] = ..., prefetch_wasted_records: _Optional[int] = ...) -> None: ...
+    scrubbed_bytes: int
+    scrub_damaged_records: int
+    scrub_dropped_records: int
+    summary_kinds: _containers.RepeatedCompositeFieldContainer[SummaryKind]
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., io_engine: _Optional[str] = ..., sessions: _Optional[int] = ..., ram_bytes_max: _Optional[int] = ..., ram_bytes_used: _Optional[int] = ..., ram_bytes_dirty: _Optional[int] = ..., nvme_bytes_max: _Optional[int] = ..., nvme_bytes_used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_ram_records: _Optional[int] = ..., fetched_nvme_records: _Optional[int] = ..., fetched_ram_bytes: _Optional[int] = ..., fetched_nvme_bytes: _Optional[int] = ..., appended_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., flushes: _Optional[int] = ..., damaged_records: _Optional[int] = ..., evicted_extents: _Optional[int] = ..., attached_clients: _Optional[int] = ..., session: _Optional[_Union[SessionInfo, _Mapping]] = ..., chunks: _Optional[int] = ..., shared_chunks: _Optional[int] = ..., evicted_sessions: _Optional[int] = ..., expired_sessions: _Optional[int] = ..., nvme_bytes_live: _Optional[int] = ..., late_records: _Optional[int] = ..., prefetched_records: _Optional[int] = ..., prefetch_useful_records: _Optional[int] = ..., prefetch_wasted_records: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., scrub_damaged_records: _Optional[int] = ..., scrub_dropped_records: _Optional[int] = ..., summary_kinds: _Optional[_Iterable[_Union[SummaryKind, _Mapping]]] = ...) -> None: ...

@@ -104,6 +104,11 @@ class KvdStub(object):
                 request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.DeleteResponse.FromString,
                 _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/hga_kvd.v1.Kvd/Verify',
+                request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.VerifyResponse.FromString,
+                _registered_method=True)
         self.List = channel.unary_unary(
                 '/hga_kvd.v1.Kvd/List',
                 request_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.ListRequest.SerializeToString,
@@ -259,6 +264,14 @@ class KvdServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Verify(self, request, context):
+        """Compares every record of a session, on disk and in RAM, with its checksum. Takes as long as reading all of it does.
+        NOT_FOUND            unknown or deleted session
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def List(self, request, context):
         """Sessions in the order of their ids.
         """
@@ -345,6 +358,11 @@ def add_KvdServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.DeleteRequest.FromString,
                     response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.DeleteResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.VerifyRequest.FromString,
+                    response_serializer=hga__kvd__proto_dot_v1_dot_kvd__pb2.VerifyResponse.SerializeToString,
             ),
             'List': grpc.unary_unary_rpc_method_handler(
                     servicer.List,
@@ -735,6 +753,33 @@ class Kvd(object):
             '/hga_kvd.v1.Kvd/Delete',
             hga__kvd__proto_dot_v1_dot_kvd__pb2.DeleteRequest.SerializeToString,
             hga__kvd__proto_dot_v1_dot_kvd__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hga_kvd.v1.Kvd/Verify',
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.VerifyRequest.SerializeToString,
+            hga__kvd__proto_dot_v1_dot_kvd__pb2.VerifyResponse.FromString,
             options,
             channel_credentials,
             insecure,
