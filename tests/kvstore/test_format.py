@@ -41,7 +41,7 @@ def write_golden() -> SimDisk:
 
 def test_golden_store_is_written_byte_for_byte() -> None:
     disk = write_golden()
-    assert disk.names() == ["MANIFEST", "segment-00000001.kvs"]
+    assert disk.names() == ["MANIFEST", "MANIFEST.copy", "segment-00000001.kvs"]
     assert disk.get("MANIFEST") == (GOLDEN / "MANIFEST").read_bytes()
     segment = disk.get("segment-00000001.kvs")
     assert segment[:USED_BYTES] == (GOLDEN / "segment-00000001.kvs").read_bytes()
