@@ -30,6 +30,8 @@ def _plain(message: Any) -> dict[str, Any]:
     """Fields under their names in the proto, numbers as numbers: protobuf's own JSON writes 64-bit ones as strings."""
     values = {}
     for field in message.DESCRIPTOR.fields:
+        if field.is_repeated:  # of one session only; no part of the counters
+            continue
         value = getattr(message, field.name)
         if field.message_type is None and not isinstance(value, bytes):
             values[field.name] = value
