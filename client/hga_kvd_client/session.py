@@ -526,7 +526,13 @@ class Session:
             while self._chunks < full:
                 end = min(self._chunks + part, full)
                 first = self._chunks
-                self._call(lambda first=first, end=end: self._append_chunks(first, end))  # type: ignore[misc]
+                try:
+                    self._call(lambda first=first, end=end: self._append_chunks(first, end))  # type: ignore[misc]
+                except errors.LimitExceeded:
+                    if end - first == 1:
+                        raise
+                    part = (end - first) // 2  # the daemon's arena may be smaller than our region
+                    continue
                 self._chunks = end
                 self._call(lambda first=first, end=end: self._put_summaries(first, end))  # type: ignore[misc]
                 self.stats.appended_chunks += end - first

@@ -391,6 +391,24 @@ def test_a_block_that_was_cut_short_is_dropped_and_made_again():
     np.testing.assert_array_equal(session.token_ids(), tokens.ids[:448])
 
 
+def test_an_append_too_large_for_the_arena_goes_in_parts():
+    connection = FakeConnection()
+    taken, append = [], connection.append
+
+    def small_arena(session_id, first_chunk, chunk_count, *rest, **more):
+        if chunk_count > 2:
+            raise errors.LimitExceeded(f"an append of {chunk_count} chunks; one append may have 2")
+        taken.append(chunk_count)
+        return append(session_id, first_chunk, chunk_count, *rest, **more)
+
+    connection.append = small_arena
+    session, tokens = open_session(connection, options=all_groups()), Tokens(600)
+    tokens.run(session, 0, 590)
+    assert (tokens.run(session, 590, 600) - tokens.dense(590, 600)).abs().max() < 1e-5
+    assert sum(taken) == 9
+    assert max(taken) == 2
+
+
 def test_a_flush_in_the_middle_of_a_block():
     session = open_session(FakeConnection(), options=all_groups())
     tokens = Tokens(600)
