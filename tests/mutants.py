@@ -32,7 +32,12 @@ class Mutant:
 
 # The first three always; the others in `make mutants`.
 MUTANTS = (
-    Mutant("skip a sync", "segments.py", "            self._disk.sync(segment.handle)\n", ""),
+    Mutant(
+        "skip a sync",
+        "segments.py",
+        "            self._disk.sync(segment.handle)\n            segment.synced_bytes",
+        "            segment.synced_bytes",
+    ),
     Mutant(
         "skip a checksum",
         "reads.py",
