@@ -31,7 +31,7 @@ def decode_attention(
     """
     q = q.float() * scale
     scores = torch.bmm(q, window_k.float().transpose(1, 2))
-    if opened_k is None or opened_v is None or valid is None:
+    if opened_k is None or opened_v is None or valid is None or not valid.shape[1]:
         return torch.bmm(torch.softmax(scores, -1), window_v.float())
     far = torch.bmm(q, opened_k.float().transpose(1, 2))
     far.view(*q.shape[:2], valid.shape[1], -1).masked_fill_(~valid[:, None, :, None], -torch.inf)
@@ -55,8 +55,14 @@ class ExactAttention:
         self._total = torch.zeros(kv_heads, ratio, tokens, 1, device=q.device)
         self._values = torch.zeros_like(self._q)
 
-    def add(self, k: Tensor, v: Tensor, causal_offset: int | None = None) -> None:
-        """k, v: [kv_heads, keys, head_dim]. Query token t sees keys 0 .. causal_offset + t, or all if that is None."""
+    def add(self, k: Tensor, v: Tensor, causal_offset: int | None = None, visible: Tensor | None = None) -> None:
+        """k, v: [kv_heads, keys, head_dim]. Query token t sees keys 0 .. causal_offset + t, or all if that is None.
+
+        visible: bool [kv_heads, tokens, groups], equal runs of the keys that a token sees; a token that sees none of
+        them must have seen a key before.
+        """
+        if not k.shape[1]:
+            return
         k, v = k.float(), v.float()
         kv_heads, ratio, tokens, _ = self._q.shape
         scores_max = SCORES_MAX_CPU if k.device.type == "cpu" else SCORES_MAX
@@ -64,13 +70,20 @@ class ExactAttention:
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
             seen = k.shape[1] if causal_offset is None else min(causal_offset + end, k.shape[1])
-            self._add_slice(start, end, k[:, :seen], v[:, :seen], causal_offset)
+            allowed = None if visible is None else visible[:, start:end]
+            self._add_slice(start, end, k[:, :seen], v[:, :seen], causal_offset, allowed)
+
+    def log_mass(self) -> Tensor:
+        """Log of the mass of the keys so far, [kv_heads, ratio, tokens], natural, float32."""
+        return (self._largest + self._total.log()).squeeze(3)
 
     def result(self) -> Tensor:
         """[kv_heads, ratio, tokens, head_dim], float32. Every query must have seen a key."""
         return self._values / self._total
 
-    def _add_slice(self, start: int, end: int, k: Tensor, v: Tensor, causal_offset: int | None) -> None:
+    def _add_slice(
+        self, start: int, end: int, k: Tensor, v: Tensor, causal_offset: int | None, visible: Tensor | None
+    ) -> None:
         kv_heads, ratio, _, dim = self._q.shape
         rows = (kv_heads, ratio * (end - start))
         scores = torch.bmm(self._q[:, :, start:end].reshape(*rows, dim), k.transpose(1, 2))
@@ -78,6 +91,9 @@ class ExactAttention:
             last = torch.arange(start, end, device=k.device)[:, None] + causal_offset
             hidden = torch.arange(k.shape[1], device=k.device) > last
             scores.view(kv_heads, ratio, end - start, -1).masked_fill_(hidden, -torch.inf)
+        if visible is not None:
+            by_group = scores.view(kv_heads, ratio, end - start, visible.shape[2], -1)
+            by_group.masked_fill_(~visible[:, None, :, :, None], -torch.inf)
         old = self._largest[:, :, start:end].reshape(*rows, 1)
         largest = torch.maximum(old, scores.amax(-1, keepdim=True))
         weights = scores.sub_(largest).exp_()

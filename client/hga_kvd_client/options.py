@@ -12,15 +12,30 @@ from hga_kvd_client.errors import InvalidRequest
 class SessionOptions:
     """Raises InvalidRequest when a number cannot work."""
 
-    # "hga": the paper's rule (DESIGN section 6). "all": every stored group is opened; dense attention, for tests.
-    router: Literal["hga", "all"] = "hga"
-    # The published setting: 20 chunks, then 16 groups, for each query head; 2 sink and 8 recent chunks always attended.
+    # DESIGN section 6. "sketch": a few bits of every key, one budget of groups a layer. "hga": the paper's rule. "auto":
+    # sketch while it fits routing_bytes_max, else hga. "all": every stored group is opened; dense attention, for tests.
+    router: Literal["auto", "sketch", "hga", "all"] = "auto"
+    # hga, the published setting: 20 chunks, then 16 groups, for each query head; pooled: for each KV head.
     topk_chunks: int = 20
     topk_groups: int = 16
+    pooled: bool = False
+    # sketch: groups opened per KV head, on average over a layer; earlier once this share of attention is covered.
+    sketch_groups: int = 16
+    cover: float = 1.0
+    # Coordinates kept in 4 and in 2 bits; None: a quarter of head_dim each.
+    sketch_dims: tuple[int, int] | None = None
+    # Prompt tokens that the basis is made of.
+    sketch_basis_tokens: int = 2048
+    # What sketches may take beside the model: 5.3 % of bf16 K/V, so 400 K tokens of 48 layers of 4 KV heads of 128.
+    routing_bytes_max: int = 2 << 30
+    # Always attended.
     sink_chunks: int = 2
     recent_chunks: int = 8
     # Per layer and KV head. On real traces 128 answer 96 to 98 % of opened groups, 64 answer 90 to 95 %.
     bank_groups: int = 128
+    # "exact": a block of tokens sees everything before it. "routed": each token only what it, or an earlier one of the
+    # same 64, would open alone.
+    prefill: Literal["exact", "routed"] = "exact"
     # Chunks of stored K/V that exact prefill holds at once, of one layer.
     prefill_tile_chunks: int = 16
     # A named session is flushed when this many chunks are not yet durable. What a crash of the daemon can take away
@@ -28,18 +43,37 @@ class SessionOptions:
     flush_chunks: int = 4
 
     def __post_init__(self) -> None:
-        if self.router not in ("hga", "all"):
-            raise InvalidRequest(f"router is {self.router!r}; it must be 'hga' or 'all'")
+        for name, choices in (("router", ("auto", "sketch", "hga", "all")), ("prefill", ("exact", "routed"))):
+            if getattr(self, name) not in choices:
+                raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "sink_chunks" else 1
-            if field.name != "router" and (not isinstance(value, int) or value < least):
+            if field.type == "int" and (not isinstance(value, int) or value < least):
                 raise InvalidRequest(f"{field.name} is {value!r}; it must be a whole number from {least} on")
+        if not 0 < self.cover <= 1:
+            raise InvalidRequest(f"cover is {self.cover!r}; it must be a share of attention, above 0 and at most 1")
+        if self.sketch_dims is not None:
+            four, two = self.sketch_dims
+            if min(four, two) < 0 or not four + two:
+                raise InvalidRequest(
+                    f"sketch_dims are {self.sketch_dims}; they must be two counts, one of them above 0"
+                )
         if self.flush_chunks > self.recent_chunks:
             raise InvalidRequest(
                 f"flush_chunks is {self.flush_chunks}, more than recent_chunks {self.recent_chunks}: chunks that are "
                 "not yet durable must still be in the window"
             )
+
+    def prefill_text(self) -> str:
+        """Canonical, for the model's fingerprint: what changes the K/V of a prompt."""
+        if self.prefill == "exact":
+            return "exact"
+        knobs = {
+            "hga": f":{self.topk_chunks}:{self.topk_groups}" + (":pooled" if self.pooled else ""),
+            "all": "",
+        }.get(self.router, f":{self.sketch_groups}:{self.cover:g}:{self.sketch_dims}:{self.sketch_basis_tokens}")
+        return f"routed:{self.router}{knobs}:{self.sink_chunks}:{self.recent_chunks}"
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ What always holds:
 - Every token is in exactly one of three places for attention: the sinks, the tail (both in the window), or the daemon.
   Closed chunks are in the daemon as soon as the next block begins, also while they are still in the window.
 - Layers are appended in order 0 .. L-1 for each block of tokens; `tokens` counts those that all layers have.
-- Attention is exact over what it opens. A block of several tokens sees everything; a single token sees the window and
-  the groups its router chose. Nothing damaged is ever attended.
-- What this process holds is bounded by the window, the bank, the block at hand and the summaries, 1 + groups_per_chunk
-  vectors per chunk; the rest lives in the daemon.
+- Attention is exact over what it opens. A single token sees the window and the groups its router chose; a block of
+  several tokens sees everything, or, if prefill is routed, what its tokens chose. Nothing damaged is ever attended.
+- What this process holds is bounded by the window, the bank, the block at hand and the routing state, about 5 % of the
+  K/V; the rest lives in the daemon.
 
-Order of one block: append(0) closes the full chunks of the blocks before it (summaries, append, flush if it is time),
-then takes the block; attend(0); append(1); attend(1); ...
+Order of one block: append(0) closes the full chunks of the blocks before it (routing state, append, flush if it is
+time), brings the routing state up if it lags, then takes the block; attend(0); append(1); attend(1); ...
 Order of one routed step in a layer: route, plan on the bank, fetch what it misses, take it, attend.
 
 Going back (`truncate`) and branching (`fork`) happen between blocks. Tokens that are not in closed chunks are taken back
@@ -35,14 +35,16 @@ from torch import Tensor
 
 from hga_kvd_client import errors
 from hga_kvd_client.attention import ExactAttention, decode_attention
-from hga_kvd_client.bank import Bank
+from hga_kvd_client.bank import Bank, Plan
 from hga_kvd_client.connection import Connection, Fetched, Opened
 from hga_kvd_client.geometry import Bytes, Keys
 from hga_kvd_client.keys import check_statuses, extent_keys, record_keys, token_ranges
 from hga_kvd_client.options import Rope, SessionOptions
-from hga_kvd_client.routing import route_all, route_hga
+from hga_kvd_client.routing import causal_union, window_log_mass
+from hga_kvd_client.routing_state import BASIS_CHUNK, RoutingState
+from hga_kvd_client.sketches import BASIS_KIND, PLAIN_KIND, Sketches, basis_kind, basis_parts, part_count, read_basis
 from hga_kvd_client.stats import SessionStats
-from hga_kvd_client.summaries import Summaries, Turns, mixed_mean
+from hga_kvd_client.summaries import Summaries
 from hga_kvd_client.window import Window
 
 if TYPE_CHECKING:
@@ -51,10 +53,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hga_kvd_client")
 Answer = TypeVar("Answer")
 
-# The paper's summaries: per chunk [layers, kv_heads, 1 + groups_per_chunk, head_dim] in the dtype of the K/V.
-SUMMARY_KIND = "hga.v1"
 # Where a token takes the device's step. Tests add the CPU, where it runs the twins.
 STEP_DEVICES = {"cuda"}
+# Tokens that are routed together in a routed prefill, as in the paper.
+ROUTED_BLOCK_TOKENS = 64
 # Replacements of the daemon that one call survives before it gives up.
 RECOVERIES_MAX = 3
 
@@ -109,15 +111,13 @@ class Session:
         self._window = Window(
             *shape, geometry.head_dim, geometry.chunk_tokens, options.sink_chunks, options.recent_chunks, dtype, device
         )
-        self._summaries = Summaries(*shape, geometry.groups_per_chunk, geometry.head_dim, dtype, device)
+        self._routing = RoutingState(geometry, rope, options, device, dtype)
         self._banks: list[Bank] = []  # made at the first routed step: prefill needs none
         # First group and mask, or the device step that knows.
         self._opened: list[tuple[int, Tensor] | DecodeStep | None] = [None] * geometry.layers
         self._device_step: DecodeStep | None = None  # made at the first routed step on a GPU
         self._device_step_refused = False
         self._states: tuple[Tensor, list[State]] | None = None  # and what they are views of
-        self._chunk_turns = Turns.of_block(rope, geometry.chunk_tokens, geometry.chunk_tokens, device)
-        self._group_turns = Turns.of_block(rope, geometry.group_tokens, geometry.chunk_tokens, device)
 
     def __enter__(self) -> Session:
         return self
@@ -142,7 +142,8 @@ class Session:
         """
         tokens = self._checked_block(layer, k, v)
         if layer == 0:
-            self._close_full_chunks()
+            far = self.tokens // self.geometry.chunk_tokens - self.options.recent_chunks > self.options.sink_chunks
+            self._close_full_chunks(settle=far and (tokens == 1 or self.options.prefill == "routed"))
             self._begin_block(tokens)
         self._window.write(layer, self.tokens, k, v)
         self._next_layer = layer + 1
@@ -154,7 +155,8 @@ class Session:
         """Attention of the tokens just appended to this layer.
 
         q: [heads, tokens, head_dim] after RoPE, heads a multiple of kv_heads. Returns the same shape and dtype.
-        One token is routed, and on a GPU its result is overwritten by the layer's next token; more are exact and causal.
+        One token is routed, and on a GPU its result is overwritten by the layer's next token; more are exact and causal,
+        or routed if options.prefill says so.
         Raises: RecordsDamaged, SessionLost, InvalidRequest.
         """
         heads, tokens, dim = q.shape
@@ -171,8 +173,13 @@ class Session:
         seen = self.tokens + (tokens if self._next_layer else 0)
         if tokens == 1:
             out = self._attend_routed(layer, q_grouped[:, :, 0], scale, seen)
-        else:
+            return out.reshape(heads, tokens, dim).to(q.dtype)
+        if self._routing.searching:
+            self._routing.look(layer, q_grouped, self._window.layer(layer, seen)[0][:, -tokens:])
+        if self.options.prefill == "exact":
             out = self._attend_exact(layer, q_grouped, scale, seen)
+        else:
+            out = self._attend_block(layer, q_grouped, scale, seen)
         return out.reshape(heads, tokens, dim).to(q.dtype)
 
     def drop_block(self) -> None:
@@ -233,7 +240,7 @@ class Session:
         other._token_ids = copy.copy(self._token_ids)
         self._window.reserve(self.tokens, 0)
         other._window, other._banks = copy.deepcopy((self._window, self._banks))
-        other._summaries = self._summaries.fork()
+        other._routing = self._routing.fork()
         return other
 
     # Storage.
@@ -256,7 +263,7 @@ class Session:
         if self._closed:
             return
         if self.name:
-            self._close_full_chunks()
+            self._close_full_chunks(settle=self._routing.promising)
             if self._flushes and self._durable_chunks < self._chunks:
                 self._flush_if_possible()
         self._call(lambda: self._connection.close(self._session_id))
@@ -279,7 +286,7 @@ class Session:
         return np.frombuffer(info.token_ids, dtype="<u4").astype(np.uint32)
 
     def resume(self, salvage: bool = False) -> int:
-        """Takes up a session that the daemon has chunks of: summaries, sinks and recent chunks come back.
+        """Takes up a session that the daemon has chunks of: routing state, sinks and recent chunks come back.
 
         Called by Client.open. Returns the tokens restored, a multiple of chunk_tokens; those after them, less than a
         chunk, must be run through the model again. salvage: chunks from a damaged one on are given up.
@@ -295,11 +302,11 @@ class Session:
                 logger.warning("session %r is cut back to before the damage: %s", self.name, error)
                 self._chunks = min(first for first, _ in error.token_ranges) // self.geometry.chunk_tokens
                 self._call(lambda: self._cut(self._chunks))
-                self._summaries.truncate(self._chunks)
+                self._routing.truncate(self._chunks)
                 self._durable_chunks = min(self._durable_chunks, self._chunks)
 
     def _resume(self) -> int:
-        self._restore_summaries()
+        self._restore_routing()
         chunk_tokens = self.geometry.chunk_tokens
         sinks = min(self.options.sink_chunks, self._chunks)
         tail = max(sinks, self._chunks - self.options.recent_chunks)
@@ -317,10 +324,10 @@ class Session:
     # Sizes.
 
     def resident_bytes(self) -> int:
-        """Bytes of K/V and of what stands for it in this process now: window, block at hand, bank, summaries."""
+        """Bytes of K/V and of what stands for it in this process now: window, block at hand, bank, routing state."""
         banks = sum(bank.resident_bytes() for bank in self._banks)
         banks += self._device_step.resident_bytes() if self._device_step is not None else 0
-        return self._window.resident_bytes() + self._summaries.resident_bytes() + banks
+        return self._window.resident_bytes() + self._routing.resident_bytes() + banks
 
     def full_bytes(self) -> int:
         """What a dense cache of these tokens takes."""
@@ -381,23 +388,62 @@ class Session:
         if end <= first:
             self._opened[layer] = None
             return decode_attention(q, window_k, window_v, scale)
-        geometry, bank = self.geometry, self._bank(layer)
-        mask = self._route(layer, q, first, end)
+        geometry = self.geometry
+        near = window_log_mass(q * scale, window_k) if self._routing.weighs_window else None
+        mask = self._routing.route(layer, q, scale, first, end, near)
         first_group = first * geometry.groups_per_chunk
-        plan = bank.plan(mask, first_group, self._step)
-        fetched = None
-        if plan.misses:
-            heads, groups = plan.missing()
-            answer = self._fetch(record_keys(layer, heads.cpu().numpy(), groups.cpu().numpy()))
-            fetched = self._as_tensor(answer.records, (plan.misses, 2, geometry.group_tokens, geometry.head_dim))
+        plan, answer, (k, v, valid) = self._open(layer, mask, first_group)
+        if answer is not None:
             self.stats.ram_bytes += answer.ram_records * geometry.record_bytes
             self.stats.nvme_bytes += answer.nvme_records * geometry.record_bytes
-        k, v, valid = bank.take(plan, fetched)
         self._opened[layer] = (first_group, mask)
         self.stats.opened_groups += plan.opened
         self.stats.routable_groups += mask.numel()
         self.stats.bank_bytes += (plan.opened - plan.misses) * geometry.record_bytes
         return decode_attention(q, window_k, window_v, scale, k, v, valid)
+
+    def _open(
+        self, layer: int, mask: Tensor, first_group: int
+    ) -> tuple[Plan, Fetched | None, tuple[Tensor, Tensor, Tensor]]:
+        """Records of what the mask opens, from the bank and the daemon: the plan, the fetch, and what Bank.take gives."""
+        geometry, bank = self.geometry, self._bank(layer)
+        plan = bank.plan(mask, first_group, self._step)
+        if not plan.misses:
+            return plan, None, bank.take(plan, None)
+        heads, groups = plan.missing()
+        answer = self._fetch(record_keys(layer, heads.cpu().numpy(), groups.cpu().numpy()))
+        fetched = self._as_tensor(answer.records, (plan.misses, 2, geometry.group_tokens, geometry.head_dim))
+        return plan, answer, bank.take(plan, fetched)
+
+    def _attend_block(self, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
+        """Routed prefill. q: [kv_heads, ratio, tokens, head_dim]. Returns the same shape, float32."""
+        window_k, window_v = self._window.layer(layer, seen)
+        first, end = self._routable()
+        parts = []
+        for start in range(0, q.shape[2], ROUTED_BLOCK_TOKENS):
+            queries = q[:, :, start : start + ROUTED_BLOCK_TOKENS]
+            attention = ExactAttention(queries, scale)
+            attention.add(window_k, window_v, causal_offset=window_k.shape[1] - q.shape[2] + start)
+            if end > first:
+                self._add_routed(attention, layer, queries, scale, first, end)
+            parts.append(attention.result())
+        return torch.cat(parts, 2)
+
+    def _add_routed(self, attention: ExactAttention, layer: int, q: Tensor, scale: float, first: int, end: int) -> None:
+        """Adds what these tokens route to. A token sees what it or an earlier one of them asked for."""
+        geometry = self.geometry
+        near = attention.log_mass() if self._routing.weighs_window else None
+        sees = causal_union(self._routing.route(layer, q, scale, first, end, near))
+        self._step += 1  # of the bank: what the last tokens opened may go now
+        first_group = first * geometry.groups_per_chunk
+        plan, answer, (k, v, valid) = self._open(layer, sees[:, -1], first_group)
+        if answer is not None:
+            self.stats.prefill_ram_bytes += answer.ram_records * geometry.record_bytes
+            self.stats.prefill_nvme_bytes += answer.nvme_records * geometry.record_bytes
+        opened = torch.zeros(valid.shape, dtype=torch.int64, device=valid.device)
+        opened[plan.heads, plan.ranks] = plan.groups - first_group
+        visible = sees.gather(2, opened[:, None].expand(-1, q.shape[2], -1)) & valid[:, None]
+        attention.add(k, v, visible=visible)
 
     def _attend_on_device(self, step: DecodeStep, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
         """As _attend_routed, with the kernels: what is resident is attended while the rest is fetched.
@@ -439,7 +485,7 @@ class Session:
             self._device.type not in STEP_DEVICES
             or self._device_step_refused
             or end <= first
-            or options.router != "hga"
+            or not isinstance(self._routing.store, Summaries)
         ):
             return None
         most = 1 << max(4, (ratio * options.topk_groups - 1).bit_length())
@@ -462,7 +508,8 @@ class Session:
 
     def _device_states(self) -> list[State]:
         """What each layer routes with; the same list as long as nothing has moved."""
-        summaries, options = self._summaries, self.options
+        summaries, options = self._routing.store, self.options
+        assert isinstance(summaries, Summaries)
         if self._states is None or self._states[0] is not summaries.groups:
             from hga_kvd_client.decode_step import HgaState  # noqa: PLC0415
 
@@ -481,19 +528,6 @@ class Session:
         window_k, window_v = self._window.layer(layer, seen)
         attention.add(window_k, window_v, causal_offset=window_k.shape[1] - q.shape[2])
         return attention.result()
-
-    def _route(self, layer: int, q: Tensor, first: int, end: int) -> Tensor:
-        """bool [kv_heads, groups of chunks first .. end-1]."""
-        geometry, options = self.geometry, self.options
-        if options.router == "all":
-            return route_all(geometry.kv_heads, (end - first) * geometry.groups_per_chunk, self._device)
-        return route_hga(
-            q,
-            self._summaries.chunks[layer, :, first:end],
-            self._summaries.groups[layer, :, first:end],
-            options.topk_chunks,
-            options.topk_groups,
-        )
 
     def _routable(self) -> tuple[int, int]:
         """Chunks that are in the daemon only: first, end."""
@@ -517,8 +551,9 @@ class Session:
 
     # Closing chunks.
 
-    def _close_full_chunks(self) -> None:
-        """Appends every full chunk to the daemon, flushes if it is time, lets chunks older than the recent ones go."""
+    def _close_full_chunks(self, settle: bool = False) -> None:
+        """Appends every full chunk to the daemon, brings up the routing state, flushes if it is time, lets chunks older
+        than the recent ones go. settle: the basis of the sketches is decided now."""
         geometry = self.geometry
         full = self.tokens // geometry.chunk_tokens
         if full > self._chunks:
@@ -536,10 +571,23 @@ class Session:
                 self._chunks = end
                 self._call(lambda first=first, end=end: self._put_summaries(first, end))  # type: ignore[misc]
                 self.stats.appended_chunks += end - first
-            if self._flushes and self._chunks - self._durable_chunks >= self.options.flush_chunks:
-                self._flush_if_possible()
+        self._bring_up_routing(settle)
+        if self._flushes and self._chunks - self._durable_chunks >= self.options.flush_chunks:
+            self._flush_if_possible()
         longest = self.tokens + (self._block if self._next_layer else 0)
         self._window.drop((self._chunks - self.options.recent_chunks) * geometry.chunk_tokens, longest)
+
+    def _bring_up_routing(self, settle: bool) -> None:
+        """Settles the basis if it is time, and makes what the routing state lacks from stored keys."""
+        routing = self._routing
+        routing.settle(self._chunks, now=settle)
+        count = routing.count
+        while count is not None and count < self._chunks:
+            end = min(count + self.options.prefill_tile_chunks, self._chunks)
+            self._make_routing(count, end)
+            count = routing.count
+        if self._chunks and isinstance(routing.store, Sketches) and routing.basis_chunk is None:
+            self._put_basis(routing.store)
 
     def _append_chunks(self, first: int, end: int) -> None:
         """Builds the payload of chunks first .. end-1 from the window, and appends it."""
@@ -559,14 +607,14 @@ class Session:
         # On the CPU extents are built where the daemon reads them; on a GPU beside the model, and then copied once.
         extents = landing if self._device.type == "cpu" else torch.empty(shape, dtype=self._dtype, device=self._device)
         self._fill_extents(extents, first, end)
-        summaries = self._summarise(extents[:, :, :, :, 0])
+        entries = self._routing.make(first, extents[:, :, :, :, 0])
         if extents is not landing:
             landing.copy_(extents)
         ids = b""
         if self._token_ids is not None:
             ids = bytes(self._token_ids[4 * first * geometry.chunk_tokens : 4 * end * geometry.chunk_tokens])
         self._connection.append(self._session_id, first, end - first, payload, ids, epoch=self._epoch)
-        self._summaries.put(first, summaries)
+        self._routing.put(first, entries)
         self.stats.append_s += time.perf_counter() - started
 
     def _fill_extents(self, extents: Tensor, first: int, end: int) -> None:
@@ -578,20 +626,15 @@ class Session:
         apart = tokens.view(*tokens.shape[:3], *blocks, geometry.head_dim)
         extents.copy_(apart.permute(3, 0, 2, 4, 1, 5, 6))
 
-    def _summarise(self, keys: Tensor) -> Tensor:
-        """keys: [chunks, layers, kv_heads, groups_per_chunk, group_tokens, head_dim].
-
-        Returns [chunks, layers, kv_heads, 1 + groups_per_chunk, head_dim].
-        """
-        groups = mixed_mean(keys, self._group_turns)
-        chunk = mixed_mean(keys.flatten(3, 4), self._chunk_turns)
-        return torch.cat((chunk.unsqueeze(3), groups), 3).to(self._dtype)
-
     def _put_summaries(self, first: int, end: int) -> None:
-        payload = self._summaries.packed(first, end).cpu().view(torch.uint8).numpy().tobytes()
+        """What the routing state has of chunks first .. end-1."""
+        end = min(end, self._routing.count or 0)
+        if end <= first:
+            return
+        payload = self._routing.packed(first, end)
         try:
             self._connection.put_summaries(
-                self._session_id, SUMMARY_KIND, first, end - first, payload, epoch=self._epoch
+                self._session_id, self._routing.kind, first, end - first, payload, epoch=self._epoch
             )
         except errors.LimitExceeded as error:
             # They are in memory here; only a later resume has to compute them again.
@@ -636,7 +679,7 @@ class Session:
         for layer, first, k, v in missing:
             kept = min(tokens - first, k.shape[1])
             self._window.write(layer, first, k[:, :kept], v[:, :kept])
-        self._summaries.truncate(chunks)
+        self._routing.truncate(chunks)
         for bank in self._banks:
             bank.forget(chunks * self.geometry.groups_per_chunk)
         if self._device_step is not None:
@@ -689,32 +732,78 @@ class Session:
         """A view of fetched bytes, in this process's memory; gone with the next fetch."""
         return torch.from_numpy(records.reshape(-1)).view(self._dtype).view(shape)
 
-    def _restore_summaries(self) -> None:
-        geometry = self.geometry
-        shape = (geometry.layers, geometry.kv_heads, 1 + geometry.groups_per_chunk, geometry.head_dim)
-        while self._summaries.count < self._chunks:
-            first = self._summaries.count
-            try:
-                count, payload = self._call(
-                    lambda first=first: self._connection.get_summaries(  # type: ignore[misc]
-                        self._session_id, SUMMARY_KIND, first, self._chunks - first, epoch=self._epoch
+    # Routing state in the daemon.
+
+    def _put_basis(self, sketches: Sketches) -> None:
+        chunk = min(BASIS_CHUNK, self._chunks - 1)
+        try:
+            for kind, payload in basis_parts(None if sketches.plain else sketches.basis):
+                self._call(
+                    lambda kind=kind, payload=payload: self._connection.put_summaries(  # type: ignore[misc]
+                        self._session_id, kind, chunk, 1, payload, epoch=self._epoch
                     )
                 )
-            except errors.SummariesNotFound as error:
-                logger.warning("summaries are computed again from stored keys (slow): %s", error)
-                self._recompute_summaries(first, min(first + self.options.prefill_tile_chunks, self._chunks))
-                continue
-            packed = torch.frombuffer(bytearray(payload), dtype=self._dtype).view(count, *shape)
-            self._summaries.put(first, packed.to(self._device))
+        except errors.LimitExceeded as error:
+            # It is in memory here; a later resume makes another one, of the tokens that come then.
+            logger.warning("the basis of the sketches is not stored: %s", error)
+        self._routing.basis_chunk = chunk
 
-    def _recompute_summaries(self, first: int, end: int) -> None:
+    def _restore_routing(self) -> None:
+        routing = self._routing
+        routing.settle(self._chunks, now=False)
+        if routing.searching:
+            self._restore_basis()
+        count = routing.count
+        while count is not None and count < self._chunks:
+            page = self._summary(routing.kind, count, self._chunks - count)
+            if page is None:
+                logger.warning("summaries of chunks from %d on are computed again from stored keys (slow)", count)
+                self._make_routing(count, min(count + self.options.prefill_tile_chunks, self._chunks))
+            else:
+                routing.unpack(count, *page)
+            count = routing.count
+
+    def _restore_basis(self) -> None:
+        """Takes the stored basis, if there is one; else it is still to be found."""
+        geometry = self.geometry
+        for chunk in range(min(BASIS_CHUNK, self._chunks - 1), -1, -1):
+            found = self._summary(BASIS_KIND, chunk, 1)
+            basis = None
+            if found is not None:
+                parts = [found] + [self._summary(basis_kind(n), chunk, 1) for n in range(1, part_count(found[1]))]
+                shape = (geometry.layers, geometry.kv_heads, geometry.head_dim)
+                try:
+                    basis = read_basis([part[1] for part in parts if part is not None], shape, self._device)
+                except ValueError as error:
+                    logger.warning("the stored basis of session %r cannot be used: %s", self.name, error)
+                    continue
+            elif self._summary(PLAIN_KIND, chunk, 1) is None:
+                continue
+            self._routing.use_basis(basis)
+            self._routing.basis_chunk = chunk
+            return
+        logger.warning(
+            "session %r has no basis in the daemon: one is made of the prompt tokens that come now", self.name
+        )
+
+    def _summary(self, kind: str, first: int, count: int) -> tuple[int, bytes] | None:
+        """Stored summaries from chunk `first` on, at least one, or None."""
+        try:
+            return self._call(
+                lambda: self._connection.get_summaries(self._session_id, kind, first, count, epoch=self._epoch)
+            )
+        except errors.SummariesNotFound:
+            return None
+
+    def _make_routing(self, first: int, end: int) -> None:
+        """Routing state of chunks first .. end-1, from stored keys."""
         geometry = self.geometry
         layers = []
         for layer in range(geometry.layers):
             for _, k, _, _ in self._stored_tiles(layer, first, end):
                 apart = k.view(geometry.kv_heads, end - first, geometry.groups_per_chunk, geometry.group_tokens, -1)
-                layers.append(self._summarise(apart.transpose(0, 1).unsqueeze(1)))
-        self._summaries.put(first, torch.cat(layers, 1))
+                layers.append(apart.transpose(0, 1))
+        self._routing.put(first, self._routing.make(first, torch.stack(layers, 1)))
         self._call(lambda: self._put_summaries(first, end))
 
     # A daemon that was replaced.
@@ -763,6 +852,7 @@ class Session:
         unsure = min(unsure, opened.chunk_count)
         if unsure < end:
             self._put_summaries(unsure, end)
+        self._routing.doubt_basis(unsure)
         self.stats.recoveries += 1
         self._generation = generation
 

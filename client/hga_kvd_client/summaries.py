@@ -114,11 +114,11 @@ class Summaries:
         if count <= capacity:
             return
         more = max(count, capacity + max(self.GROWTH_CHUNKS, capacity // 4)) - capacity
-        self.chunks = _grown(self.chunks, more)
-        self.groups = _grown(self.groups, more)
+        self.chunks = grown(self.chunks, more)
+        self.groups = grown(self.groups, more)
 
 
-def _grown(tensor: Tensor, more: int) -> Tensor:
+def grown(tensor: Tensor, more: int) -> Tensor:
     """A copy with `more` uninitialised places at the end of dim 2."""
     shape = list(tensor.shape)
     shape[2] += more

@@ -45,10 +45,12 @@ _NO_EFFECT = {
 }
 
 
-def model_fingerprint(config: dict[str, Any], decoder: nn.Module, revision: str | None = None) -> str:
+def model_fingerprint(
+    config: dict[str, Any], decoder: nn.Module, revision: str | None = None, prefill: str = "exact"
+) -> str:
     """The text for Geometry.model_fingerprint; readable enough that a mismatch says which part differs."""
     weights = f"revision:{revision}" if revision else f"weights:{_weights_hash(decoder)}"
-    return f"v1 prefill:exact config:{_config_hash(config)} {weights}"
+    return f"v1 prefill:{prefill} config:{_config_hash(config)} {weights}"
 
 
 def _config_hash(config: dict[str, Any]) -> str:

@@ -92,7 +92,9 @@ class Patched:
             head_dim=facts.head_dim,
             dtype=DTYPES[facts.dtype],
             rope=facts.rope.text(),
-            model_fingerprint=model_fingerprint(facts.decoder.config.to_dict(), facts.decoder, revision),
+            model_fingerprint=model_fingerprint(
+                facts.decoder.config.to_dict(), facts.decoder, revision, options.prefill_text()
+            ),
         )
         self._dtype, self._device = facts.dtype, facts.device
         self._owns_client = owns_client

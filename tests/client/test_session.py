@@ -12,7 +12,14 @@ from hga_kvd_client.geometry import KEY_DTYPE
 from sequences import DIM, GEOMETRY, KV_HEADS, LAYERS, RATIO, ROPE, SCALE, Tokens, blocks
 
 SMALL = SessionOptions(
-    topk_chunks=2, topk_groups=3, sink_chunks=1, recent_chunks=2, bank_groups=8, flush_chunks=2, prefill_tile_chunks=2
+    router="hga",
+    topk_chunks=2,
+    topk_groups=3,
+    sink_chunks=1,
+    recent_chunks=2,
+    bank_groups=8,
+    flush_chunks=2,
+    prefill_tile_chunks=2,
 )
 
 
@@ -156,11 +163,13 @@ def test_resident_bytes_are_the_tensors_and_stay_bounded():
     for first, end in blocks([500], 3500):
         tokens.run(session, first, end)
         token_bytes = LAYERS * 2 * KV_HEADS * DIM * 4
-        summaries = session._summaries.resident_bytes()
+        summaries = session._routing.store.resident_bytes()
         assert session.resident_bytes() - summaries <= token_bytes * (3 * 64 + 63 + 500)
     for token in range(3500, 4000):
         tokens.run(session, token, token + 1)
-        kept = sum(sum(tensors(part, {}).values()) for part in (session._window, session._summaries, *session._banks))
+        kept = sum(
+            sum(tensors(part, {}).values()) for part in (session._window, session._routing.store, *session._banks)
+        )
         assert session.resident_bytes() == kept
     assert session._window.resident_bytes() == token_bytes * (1 + 2 + 2) * 64
     assert session.full_bytes() == 4000 * token_bytes
@@ -208,8 +217,8 @@ def test_missing_summaries_are_computed_again(caplog):
     for chunk in (0, 4, 5, 9):
         del stored["hga.v1", chunk]
     other = open_session(FakeConnection(daemon))
-    assert torch.equal(other._summaries.chunks[:, :, :10], session._summaries.chunks[:, :, :10])
-    assert torch.equal(other._summaries.groups[:, :, :10], session._summaries.groups[:, :, :10])
+    assert torch.equal(other._routing.store.chunks[:, :, :10], session._routing.store.chunks[:, :, :10])
+    assert torch.equal(other._routing.store.groups[:, :, :10], session._routing.store.groups[:, :, :10])
     assert "computed again" in caplog.text
     assert len(stored) == 10
 
@@ -252,8 +261,9 @@ def test_a_refused_append_leaves_the_session_as_it_was():
 def test_a_replaced_daemon_gets_the_missing_chunks_again(keep, notice, caplog):
     daemon = FakeDaemon()
     connection = FakeConnection(daemon)
+    everything = {"router": "hga", "topk_chunks": 100, "topk_groups": 400}
     session = open_session(
-        connection, options=all_groups(sink_chunks=1, recent_chunks=4, flush_chunks=2, bank_groups=3)
+        connection, options=SessionOptions(**everything, sink_chunks=1, recent_chunks=4, flush_chunks=2, bank_groups=3)
     )
     tokens = Tokens(1000)
     for first, end in blocks([1, 70, 1, 1, 100], 1000):

@@ -171,7 +171,7 @@ def test_a_fork_is_between_blocks_and_copies_no_summaries():
     session, tokens = open_session(FakeConnection()), Tokens(LENGTH)
     feed(session, tokens, 500)
     fork = session.fork()
-    assert fork._summaries.groups.data_ptr() == session._summaries.groups.data_ptr()
+    assert fork._routing.store.groups.data_ptr() == session._routing.store.groups.data_ptr()
     assert fork._window._buffer.data_ptr() != session._window._buffer.data_ptr()
     session.append(0, torch.zeros(KV_HEADS, 1, 16), torch.zeros(KV_HEADS, 1, 16))
     with pytest.raises(errors.InvalidRequest, match="1 of 3 layers"):

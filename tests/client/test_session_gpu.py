@@ -32,7 +32,7 @@ def test_every_group_opened_is_dense_attention(bank_groups):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_routes_as_on_the_cpu_and_resumes(dtype):
     options = SessionOptions(
-        topk_chunks=3, topk_groups=4, sink_chunks=1, recent_chunks=2, flush_chunks=2, bank_groups=8
+        router="hga", topk_chunks=3, topk_groups=4, sink_chunks=1, recent_chunks=2, flush_chunks=2, bank_groups=8
     )
     geometry = Geometry(GEOMETRY.layers, KV_HEADS, GEOMETRY.head_dim, dtype)
     connection = FakeConnection()

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from dense_client import DenseClient
+from hga_kvd_client import SessionOptions
 from hga_kvd_client.errors import Unavailable
 from hga_kvd_patch import AlreadyPatched, CacheRefused, CacheUnusable, CallRefused, ModelRefused, NotPatched, PatchError
 from hga_kvd_patch.examine import examine
@@ -330,6 +331,7 @@ def test_fingerprint():
     base = model_fingerprint(config, model.model)
     assert base == model_fingerprint(config | {"use_cache": False, "_name_or_path": "x"}, model.model)
     assert base != model_fingerprint(config | {"rms_norm_eps": 1e-4}, model.model)
+    assert base != model_fingerprint(config, model.model, prefill=SessionOptions(prefill="routed").prefill_text())
     assert model_fingerprint(config, model.model, "r1") == model_fingerprint(config, tiny.make("llama", 1).model, "r1")
     for name in ("k_proj", "v_proj"):
         for layer in range(3):
