@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sequences import GEOMETRY, KV_HEADS, LAYERS, ROPE, Tokens, blocks
 
 OPTIONS = {"sink_chunks": 1, "recent_chunks": 2, "bank_groups": 8, "flush_chunks": 2, "prefill_tile_chunks": 2}
-ROUTED = SessionOptions(topk_chunks=2, topk_groups=3, **OPTIONS)
+ROUTED = SessionOptions(router="hga", topk_chunks=2, topk_groups=3, **OPTIONS)
 ALL = SessionOptions(router="all", **OPTIONS)
 LENGTH = 900
 
