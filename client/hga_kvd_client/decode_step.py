@@ -293,9 +293,9 @@ class DecodeStep:
         for tables in self._tables:
             tables.forget()
 
-    def fits(self, ratio: int, window_capacity: int) -> bool:
-        """Whether it was made for such queries, and for a window of this size."""
-        return self._q.shape[1] == ratio and window_capacity <= self._near * PART_KEYS
+    def fits(self, ratio: int, most: int, window_capacity: int) -> bool:
+        """Whether it was made for such queries, for as many groups, and for a window of this size."""
+        return self._q.shape[1] == ratio and self.most == most and window_capacity <= self._near * PART_KEYS
 
     def register(self, landing: Bytes | None) -> None:
         """Makes the memory where fetched records arrive readable by the device; None: there is none."""

@@ -203,6 +203,21 @@ class RoutingState:
         budget = options.sketch_groups * q.shape[0]
         return route_sketch(masses.view(*q.shape[:-1], -1), near, budget, options.cover)
 
+    def opened_most(self, ratio: int) -> int:
+        """Groups that a KV head of so many query heads can open in a step, as the device's step counts: a power of two,
+        16 at least; 0 where that step does not serve what is chosen."""
+        options, store = self._options, self.store
+        if isinstance(store, Summaries) and not options.pooled:
+            most = ratio * options.topk_groups
+        elif isinstance(store, Sketches) and options.cover >= 1.0 and ratio <= 16:
+            spec = store.spec
+            most = options.sketch_groups * self._geometry.kv_heads
+            if spec.group_tokens != 16 or spec.chunk_bytes % 4 or most > 128:
+                return 0
+        else:
+            return 0
+        return 1 << max(4, (most - 1).bit_length())
+
     def resident_bytes(self) -> int:
         return sum(part.resident_bytes() for part in (self._search, self.store) if part is not None)
 

@@ -480,20 +480,13 @@ class Session:
     def _device_step_for(self, q: Tensor) -> DecodeStep | None:
         """The device's step, if this token can take it: on a GPU, with something to route, and room for what is opened."""
         first, end = self._routable()
-        options, ratio = self.options, q.shape[1]
-        if (
-            self._device.type not in STEP_DEVICES
-            or self._device_step_refused
-            or end <= first
-            or not isinstance(self._routing.store, Summaries)
-        ):
+        if self._device.type not in STEP_DEVICES or self._device_step_refused or end <= first:
             return None
-        most = 1 << max(4, (ratio * options.topk_groups - 1).bit_length())
+        ratio, most = q.shape[1], self._routing.opened_most(q.shape[1])
         window = self._window.everything.shape[3]
-        if self._device_step is not None:
-            fits = self._device_step.fits(ratio, window)
-            return self._device_step if fits else None
-        if most > options.bank_groups:
+        if self._device_step is not None and self._device_step.fits(ratio, most, window):
+            return self._device_step
+        if not 0 < most <= self.options.bank_groups:
             return None
         try:
             from hga_kvd_client.decode_step import DecodeStep  # noqa: PLC0415
@@ -502,20 +495,27 @@ class Session:
             self._device_step_refused = True
             return None
         self._device_step = DecodeStep(
-            self.geometry, ratio, options.bank_groups, most, window, self._dtype, self._device
+            self.geometry, ratio, self.options.bank_groups, most, window, self._dtype, self._device
         )
         return self._device_step
 
     def _device_states(self) -> list[State]:
         """What each layer routes with; the same list as long as nothing has moved."""
-        summaries, options = self._routing.store, self.options
-        assert isinstance(summaries, Summaries)
-        if self._states is None or self._states[0] is not summaries.groups:
-            from hga_kvd_client.decode_step import HgaState  # noqa: PLC0415
+        from hga_kvd_client.decode_step import HgaState, SketchState  # noqa: PLC0415
 
-            layers = zip(summaries.chunks, summaries.groups, strict=True)
-            states: list[State] = [HgaState(*both, options.topk_chunks, options.topk_groups) for both in layers]
-            self._states = (summaries.groups, states)
+        store, options = self._routing.store, self.options
+        assert store is not None
+        moved = store.groups if isinstance(store, Summaries) else store.records
+        if self._states is None or self._states[0] is not moved:
+            states: list[State]
+            if isinstance(store, Summaries):
+                both = zip(store.chunks, store.groups, strict=True)
+                states = [HgaState(*layer, options.topk_chunks, options.topk_groups) for layer in both]
+            else:
+                budget = options.sketch_groups * self.geometry.kv_heads
+                turns = zip(store.basis.to_z, store.basis.centre, store.records, strict=True)
+                states = [SketchState(store.spec, z.contiguous(), c.contiguous(), r, budget) for z, c, r in turns]
+            self._states = (moved, states)
         return self._states[1]
 
     def _attend_exact(self, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fake_connection import FakeConnection
@@ -12,7 +14,15 @@ from sequences import GEOMETRY, LAYERS, ROPE, Tokens, blocks
 pytest.importorskip("triton", reason="the extra `client` brings triton where it exists")
 
 OPTIONS = SessionOptions(
-    router="hga", topk_chunks=3, topk_groups=4, sink_chunks=1, recent_chunks=2, flush_chunks=2, bank_groups=16
+    router="hga",
+    sketch_groups=6,
+    sketch_basis_tokens=200,
+    topk_chunks=3,
+    topk_groups=4,
+    sink_chunks=1,
+    recent_chunks=2,
+    flush_chunks=2,
+    bank_groups=16,
 )
 
 
@@ -21,17 +31,19 @@ def _on_cpu(monkeypatch):
     monkeypatch.setattr(session, "STEP_DEVICES", {"cpu", "cuda"})
 
 
-def pair(monkeypatch):
+def pair(monkeypatch, router="hga"):
     """The same session twice: decoding with the step, and without."""
-    sessions = [Client(FakeConnection()).open("s", GEOMETRY, ROPE, OPTIONS) for _ in range(2)]
+    options = replace(OPTIONS, router=router)
+    sessions = [Client(FakeConnection()).open("s", GEOMETRY, ROPE, options) for _ in range(2)]
     plain = sessions[1]
     monkeypatch.setattr(plain, "_device_step_for", lambda q: None)
     return sessions
 
 
 @pytest.mark.usefixtures("_on_cpu")
-def test_decodes_as_without_it_also_after_going_back(monkeypatch):
-    sessions, tokens = pair(monkeypatch), Tokens(900)
+@pytest.mark.parametrize("router", ["hga", "sketch"])
+def test_decodes_as_without_it_also_after_going_back(monkeypatch, router):
+    sessions, tokens = pair(monkeypatch, router), Tokens(900)
 
     def run(first, end):
         for start, stop in blocks([1], end) if first == 0 else ((t, t + 1) for t in range(first, end)):
