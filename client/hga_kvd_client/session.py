@@ -250,7 +250,8 @@ class Session:
 
         Raises: NotDurable (temporary session, or a daemon without NVMe), WriteFailed, and what append raises.
         """
-        self._close_full_chunks()
+        # Whoever takes the session up from here must route as this one goes on: with the basis of the same tokens.
+        self._close_full_chunks(settle=self._routing.promising)
         if not self.name:
             raise errors.NotDurable("a temporary session is never durable: open it by a name")
         self._flush()
