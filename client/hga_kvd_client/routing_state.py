@@ -44,7 +44,7 @@ class RoutingState:
         self.basis_chunk: int | None = None  # where the basis is stored
         if options.router in ("sketch", "auto") and self._spec is not None:
             self._search = BasisSearch(
-                geometry.layers, geometry.kv_heads, geometry.head_dim, rope, options.sketch_basis_tokens, device
+                geometry.layers, geometry.kv_heads, geometry.head_dim, options.sketch_basis_tokens, device
             )
         elif options.router != "all":
             self._use_means()

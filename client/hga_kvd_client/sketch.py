@@ -6,9 +6,6 @@ coordinates of y carry almost all of it: y = U^T A (k - mean), z = U^T A^-1 q, w
 moment of the queries and U the eigenvectors of the covariance of A k, largest first. Coordinates are scaled to unit
 variance, z inversely. The mean key adds one number per query, `z . centre`, which is kept apart.
 
-The moments are those that the first tokens would have at any position of a long text: RoPE turns slow pairs so little
-over 2,048 tokens that a basis of these tokens as they are drops directions which later tokens use (ADR 0018).
-
 A *record* is the sketch of one chunk of one KV head, `SketchSpec.chunk_bytes` bytes:
 
     codes   [groups_per_chunk] x ( [dims4][group_tokens / 2], then [dims2][group_tokens / 4] )
@@ -30,14 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hga_kvd_client.options import Rope
-
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 # Relative to the mean eigenvalue of S_q: what queries never use still gets a place at the end.
 RIDGE = 1e-4
-# Positions that moments are averaged over. 8 K to 128 K made no difference at 8 K tokens (ADR 0018).
-SPREAD_TOKENS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -141,16 +134,11 @@ class Basis:
     centre: Tensor
 
     @classmethod
-    def of(cls, moments: Moments, rope: Rope | None = None) -> Basis:
-        """Of one layer. Decomposed on the CPU in float64, so that it does not depend on the device.
-
-        rope: what turned q and k; moments are then averaged over SPREAD_TOKENS positions. None: taken as they are.
-        """
+    def of(cls, moments: Moments) -> Basis:
+        """Of one layer. Decomposed on the CPU in float64, so that it does not depend on the device."""
         device = moments.q.device
         s_q = moments.q.cpu() / max(1, moments.queries)
         s_k, mean = (moment.cpu() / max(1, moments.tokens) for moment in (moments.k, moments.k_sum))
-        if rope is not None:
-            s_q, s_k, mean = _spread(s_q, rope), _spread(s_k, rope), _spread_mean(mean, rope)
         eye = torch.eye(s_q.shape[-1], dtype=torch.float64)
         mean_eigenvalue = s_q.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         s_q = s_q + torch.where(mean_eigenvalue > 0, RIDGE * mean_eigenvalue, 1.0) * eye
@@ -246,50 +234,6 @@ def log_mass(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Te
     y = decode(spec, records).view(kv_heads, chunks * spec.chunk_tokens, spec.head_dim)
     scores = torch.bmm(z, y.transpose(1, 2)).view(*z.shape[:2], -1, spec.group_tokens)
     return scores.logsumexp(3) + offset[..., None]
-
-
-def _spread(moment: Tensor, rope: Rope) -> Tensor:
-    """Mean of R moment R^T over the turns R of SPREAD_TOKENS positions. moment: [kv_heads, head_dim, head_dim].
-
-    In closed form: with pairs as complex numbers c = x + iy, E[c c^H] turns by the difference of two frequencies and
-    E[c c^T] by their sum; dims that do not turn have frequency 0. Averages of turns are `_mean_turn`.
-    """
-    pairs, dim = len(rope.inv_freq), moment.shape[-1]
-    y = slice(pairs, 2 * pairs)
-    order = [*range(pairs), *range(2 * pairs, dim)]  # real parts, then what does not turn
-    real = moment[:, order][:, :, order]
-    imaginary, mixed, crossed = torch.zeros_like(real), torch.zeros_like(real), torch.zeros_like(real)
-    imaginary[:, :pairs, :pairs] = moment[:, y, y]
-    mixed[:, :pairs] = moment[:, y][:, :, order]  # imaginary part of the row, real part of the column
-    crossed[:, :, :pairs] = moment[:, order][:, :, y]
-    frequency = torch.tensor([*rope.inv_freq, *[0.0] * (dim - 2 * pairs)], dtype=torch.float64)
-    hermitian = torch.complex(real + imaginary, mixed - crossed) * _mean_turn(frequency[:, None] - frequency)
-    symmetric = torch.complex(real - imaginary, mixed + crossed) * _mean_turn(frequency[:, None] + frequency)
-    out = moment.clone()
-    rows = torch.tensor(order)
-    out[:, rows[:, None], rows] = (hermitian + symmetric).real / 2
-    out[:, y, y] = ((hermitian - symmetric).real / 2)[:, :pairs, :pairs]
-    turned = ((hermitian + symmetric).imag / 2)[:, :pairs]
-    out[:, torch.arange(pairs, 2 * pairs)[:, None], rows] = turned
-    out[:, rows[:, None], torch.arange(pairs, 2 * pairs)] = turned.transpose(1, 2)
-    return out
-
-
-def _spread_mean(mean: Tensor, rope: Rope) -> Tensor:
-    """Mean of R mean over the same positions. mean: [kv_heads, head_dim]."""
-    pairs = len(rope.inv_freq)
-    x, y = slice(0, pairs), slice(pairs, 2 * pairs)
-    turned = torch.complex(mean[:, x], mean[:, y]) * _mean_turn(torch.tensor(rope.inv_freq, dtype=torch.float64))
-    return torch.cat((turned.real, turned.imag, mean[:, 2 * pairs :]), 1)
-
-
-def _mean_turn(frequency: Tensor) -> Tensor:
-    """Mean of e^(i frequency t) over t from 0 to SPREAD_TOKENS."""
-    angle = frequency * SPREAD_TOKENS
-    small = angle.abs() < 1e-6
-    safe = torch.where(small, 1.0, angle)
-    turn = torch.complex(safe.sin() / safe, (1 - safe.cos()) / safe)
-    return torch.where(small, torch.ones_like(turn), turn)
 
 
 def _float8(values: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import struct
 import torch
 from torch import Tensor
 
-from hga_kvd_client.options import Rope
 from hga_kvd_client.sketch import Basis, Moments, SketchSpec, encode
 from hga_kvd_client.summaries import grown
 
@@ -35,10 +34,8 @@ BASIS_TOKENS_MIN = 512
 class BasisSearch:
     """Looks at the first `tokens_max` prompt tokens of every layer. Dropped once the basis is settled."""
 
-    def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, rope: Rope, tokens_max: int, device: torch.device
-    ) -> None:
-        self._tokens_max, self._rope = tokens_max, rope
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens_max: int, device: torch.device) -> None:
+        self._tokens_max = tokens_max
         self._moments = [Moments(kv_heads, head_dim, device) for _ in range(layers)]
 
     @property
@@ -65,7 +62,7 @@ class BasisSearch:
         """Of all layers, [layers, ...]; None if too few tokens were seen."""
         if not self.enough:
             return None
-        layers = [Basis.of(moments, self._rope) for moments in self._moments]
+        layers = [Basis.of(moments) for moments in self._moments]
         return Basis(
             torch.stack([b.to_y for b in layers]),
             torch.stack([b.to_z for b in layers]),

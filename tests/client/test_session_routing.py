@@ -34,7 +34,7 @@ def basis_of(tokens, layer, count):
     moments = Moments(KV_HEADS, DIM, CPU)
     q = tokens.q[layer].view(KV_HEADS, RATIO, -1, DIM)
     moments.add(q[:, :, :count], tokens.k[layer, :, :count])
-    return Basis.of(moments, ROPE)
+    return Basis.of(moments)
 
 
 def reference_mask(tokens, layer, at, spec, basis, options):
@@ -201,7 +201,7 @@ def test_without_a_stored_basis_another_is_found_and_said(caplog):
     moments = Moments(KV_HEADS, DIM, CPU)
     moments.add(tokens.q[0, :, 448:648].view(KV_HEADS, RATIO, -1, DIM), tokens.k[0, :, 448:648])
     torch.testing.assert_close(
-        other._routing.store.layer_basis(0).centre, Basis.of(moments, ROPE).centre, rtol=1e-3, atol=1e-3
+        other._routing.store.layer_basis(0).centre, Basis.of(moments).centre, rtol=1e-3, atol=1e-3
     )
     assert other._routing.store.count == 10
 

@@ -6,15 +6,11 @@ import math
 
 import pytest
 import torch
-from hga_kvd_client.options import Rope
 from hga_kvd_client.sketch import (
     FLOAT8,
-    SPREAD_TOKENS,
     Basis,
     Moments,
     SketchSpec,
-    _spread,
-    _spread_mean,
     decode,
     encode,
     log_mass,
@@ -165,59 +161,6 @@ def test_the_basis_is_the_one_of_the_design():
         torch.testing.assert_close(z_moment, shares.diag(), atol=float(1e-4 * shares.max()), rtol=0)
         assert (shares[:-1] >= shares[1:]).all()
         torch.testing.assert_close(shares.sum(), (s_q @ torch.cov(every_k.T, correction=0)).trace(), atol=0, rtol=1e-4)
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    pairs=st.integers(0, 6), plain=st.integers(0, 5), theta=st.sampled_from([10.0, 1e4, 1e7]), seed=st.integers(0, 99)
-)
-def test_moments_are_averaged_over_positions(pairs, plain, theta, seed):
-    dim = 2 * pairs + plain
-    if not dim:
-        return
-    inv_freq = torch.tensor([theta ** (-i / max(1, pairs)) for i in range(pairs)], dtype=torch.float64)
-    rope = Rope(tuple(inv_freq.tolist()), 2 * pairs)
-    keys = torch.randn(1, 4, dim, generator=torch.Generator().manual_seed(seed)).double() + 1
-    steps = SPREAD_TOKENS  # one a token: with longer steps the sum of a pair that turns once in a step does not average out
-    angle = ((torch.arange(steps) + 0.5) * SPREAD_TOKENS / steps)[:, None, None] * inv_freq
-    turned = keys.repeat(steps, 1, 1)
-    first, second = keys[:, :, :pairs], keys[:, :, pairs : 2 * pairs]
-    turned[:, :, :pairs] = first * angle.cos() - second * angle.sin()
-    turned[:, :, pairs : 2 * pairs] = second * angle.cos() + first * angle.sin()
-    turned = turned.view(-1, dim)
-    moment, mean = turned.T @ turned / len(turned), turned.mean(0)
-    moments = Moments(1, dim, CPU)
-    moments.add(keys[:, None], keys)
-    torch.testing.assert_close(_spread(moments.k / 4, rope)[0], moment, atol=5e-2, rtol=0)
-    torch.testing.assert_close(_spread_mean(moments.k_sum / 4, rope)[0], mean, atol=5e-2, rtol=0)
-
-
-def test_later_positions_do_not_leave_the_basis():
-    """Pairs whose content has one direction, as models have them, and that have not turned yet while the basis is made:
-    a quarter of a turn later all content is in dims that were empty. Averaged moments keep those dims."""
-    dim, pairs = 64, 32
-    rope = Rope((1e-4,) * pairs, 2 * pairs)
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.full((dim,), 0.3)
-    spread[:8] = 1.5
-
-    def turned(x, first):
-        angle = (first + torch.arange(x.shape[-2]))[:, None] * 1e-4
-        one, other = x[..., :pairs], x[..., pairs:]
-        return torch.cat((one * angle.cos() - other * angle.sin(), other * angle.cos() + one * angle.sin()), -1)
-
-    def some_at(first, count):
-        k = torch.randn(1, count, dim, generator=generator) * spread
-        return turned(torch.randn(1, 2, count, dim, generator=generator) * spread, first), turned(k, first)
-
-    early, (q, k), spec = moments_of(*some_at(0, 512)), some_at(15708, 1024), SketchSpec.of_basis(dim)
-    exact = (q[:, :, -1] / 8 @ k.transpose(1, 2)).view(1, 2, -1, 16).logsumexp(3)
-    wrong = []
-    for basis in (Basis.of(early), Basis.of(early, rope)):
-        records = encode(spec, basis, k.view(1, 16, 64, dim).transpose(0, 1)).transpose(0, 1)
-        got = log_mass(spec, *basis.project(q[:, :, -1] / 8), records)
-        wrong.append(float((got - exact).square().mean().sqrt()))
-    assert wrong[1] < 0.3 * wrong[0]
 
 
 def test_leading_coordinates_beat_plain_bits():
