@@ -11,6 +11,8 @@ from hga_kvd.geometry import Geometry, Keys
 
 U8 = npt.NDArray[np.uint8]
 
+STATUS_DAMAGED, STATUS_LATE = 1, 2  # RecordStatus of the wire
+
 
 @dataclass(frozen=True)
 class Fetched:

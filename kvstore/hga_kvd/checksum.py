@@ -33,6 +33,11 @@ def record_seeds(uids: npt.ArrayLike, layers: npt.ArrayLike, records: npt.ArrayL
     return mix(uid ^ mix((layer << np.uint64(32)) | record))
 
 
+def chunk_seeds(uids: U64, layer_count: int, record_count: int) -> U64:
+    """Seeds of all records of these chunks: [chunks, layers, records]."""
+    return record_seeds(uids[:, None, None], np.arange(layer_count)[:, None], np.arange(record_count))
+
+
 def summary_seeds(uids: npt.ArrayLike, kind: str) -> U64:
     """Seeds of routing summaries of these chunks."""
     kind_hash = mix(np.array([checksum(kind.encode())], np.uint64))

@@ -193,6 +193,10 @@ class Session:
     def temporary(self) -> bool:
         return not self.name
 
+    def use(self, now: float) -> None:
+        """now: seconds of the engine's clock."""
+        self.state, self.used_at = "open", now
+
     def all_rows(self) -> I64:
         """[chunk_count]"""
         return self.rows[: self.chunk_count]

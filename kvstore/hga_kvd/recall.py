@@ -1,6 +1,7 @@
-"""What is asked of routing summaries: which rows a call means, what of them is in RAM, what is to be read.
+"""Routing summaries, put and read back: which rows a call means, what of them is in RAM, what is to be read.
 
-Called with the residency's lock held, but for the reading itself, which is the caller's: it holds the segments pinned.
+`SummaryPath` has the order of steps. The functions after it are called with the residency's lock held; the read that they
+plan runs under none, on pinned segments.
 """
 
 from __future__ import annotations
@@ -12,12 +13,75 @@ import numpy.typing as npt
 
 from hga_kvd.checksum import summary_seeds
 from hga_kvd.config import Settings
-from hga_kvd.errors import InvalidRequest, KeyOutOfRange, LimitExceeded, SessionNotFound
+from hga_kvd.errors import InvalidRequest, KeyOutOfRange, LimitExceeded, SessionNotFound, StorageFull
 from hga_kvd.format import KIND_BYTES_MAX
 from hga_kvd.index import I64, LOST_ROW, NO_SEGMENT, Session
-from hga_kvd.reads import Items
+from hga_kvd.parts import Parts
+from hga_kvd.reads import Items, read_verified
 from hga_kvd.segments import Segment, SegmentLog
 from hga_kvd.summaries import SummaryTable
+
+# Summaries wait in plain memory to be written, or for ever without a disk. They are about 1/25 of the K/V, so an eighth
+# of the arena never is the tighter of the two limits.
+RAM_SHARE = 8
+RAM_BYTES_MIN = 64 << 20
+
+
+class SummaryPath:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._residency = parts.residency
+        self._lock = parts.residency.lock
+        self._bytes_max = max(RAM_BYTES_MIN, parts.settings.ram // RAM_SHARE)
+
+    def put(self, session_id: int, epoch: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes) -> None:
+        """As Engine.put_summaries."""
+        settings, writeout = self._parts.settings, self._parts.writeout
+        size = summary_bytes(settings, kind, chunk_count, payload)
+        while True:
+            with self._lock:
+                session = self._residency.session(session_id, epoch)
+                rows = rows_to_put(settings, session, kind, first_chunk, chunk_count, size)
+                held = self._residency.summary_bytes
+                if not held or held + len(payload) <= self._bytes_max:
+                    put(session, rows, kind, payload)
+                    self._parts.mark_dirty(session)
+                    return
+            if writeout is None:
+                raise StorageFull(f"summaries in RAM have reached {held} bytes and there is no NVMe: delete sessions")
+            with writeout.barrier:
+                writeout.round()
+
+    def get(
+        self, session_id: int, epoch: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int
+    ) -> tuple[int, bytes]:
+        """As Engine.get_summaries."""
+        disk, segments = self._parts.disk, self._parts.segments
+        while True:
+            with self._lock:
+                session = self._residency.session(session_id, epoch)
+                found = plan(session, segments, kind, first_chunk, chunk_count, bytes_max)
+            if not len(found.items):
+                break
+            assert disk is not None
+            assert segments is not None
+            try:
+                bad = read_verified(disk, found.items, found.result)
+            finally:
+                with self._lock:
+                    segments.unpin(found.segments)
+            if not bad.any():
+                break
+            with self._lock:
+                if not found.is_current():  # put anew meanwhile: what was read is no more
+                    continue
+            chunk = first_chunk + int(found.items.positions[bad].min())
+            self._parts.log.error("summary damaged", session=session_id, kind=kind, chunk=chunk)
+            raise SessionNotFound(
+                f"the summary of kind {kind!r} of chunk {chunk} of session {session_id} is damaged: compute it again "
+                "from the chunk's K/V and put it"
+            )
+        return found.chunk_count, found.result.tobytes()
 
 
 def summary_bytes(settings: Settings, kind: str, chunk_count: int, payload: bytes) -> int:

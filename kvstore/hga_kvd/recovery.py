@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.checksum import checksums, record_seeds, summary_seeds
+from hga_kvd.checksum import checksums, chunk_seeds, summary_seeds
 from hga_kvd.disk import Disk
 from hga_kvd.format import (
     BLOCK_BYTES,
@@ -165,7 +165,7 @@ class _Walker:
         header = frame.header
         if isinstance(frame, ChunkFrame):
             count, layers, records = frame.checksums.shape
-            seeds = record_seeds(frame.uids[:, None, None], np.arange(layers)[:, None], np.arange(records))
+            seeds = chunk_seeds(frame.uids, layers, records)
             unit_count, unit_bytes, stride = count * layers, frame.record_bytes, frame.stride
         elif isinstance(frame, SummaryFrame):
             unit_count, records, unit_bytes, stride = header.chunk_count, 1, frame.bytes_per_chunk, frame.stride

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from hga_kvd import chains
+from hga_kvd.answers import SessionInfo
 from hga_kvd.config import Settings
-from hga_kvd.errors import InvalidRequest, KeyOutOfRange, LimitExceeded
+from hga_kvd.errors import GeometryMismatch, InvalidRequest, KeyOutOfRange, LimitExceeded
 from hga_kvd.geometry import Geometry
 from hga_kvd.index import I64, LOST_ROW, ChunkTable, Places, Session
 from hga_kvd.residency import Residency
@@ -23,6 +24,37 @@ def check_names(name: str, tenant: str = "") -> None:
     for what, text, limit in (("session name", name, NAME_BYTES_MAX), ("tenant", tenant, TENANT_BYTES_MAX)):
         if len(text.encode()) > limit:
             raise InvalidRequest(f"a {what} of {len(text.encode())} bytes; at most {limit} are allowed")
+
+
+def check_same(session: Session, geometry: Geometry | None, tenant: str) -> None:
+    """Raises: GeometryMismatch, InvalidRequest if this is not the session that the caller means."""
+    differences = session.table.geometry.differences(geometry) if geometry else []
+    if differences:
+        raise GeometryMismatch(
+            f"session {session.name!r} exists with another geometry ({'; '.join(differences)}): open it with its "
+            "own, or delete it first"
+        )
+    if session.tenant != tenant:
+        raise InvalidRequest(f"session {session.name!r} is another tenant's: choose another name")
+
+
+def info(session: Session, durable: bool, created: bool, token_ids: bytes) -> SessionInfo:
+    return SessionInfo(
+        session.session_id,
+        session.name,
+        session.table.geometry,
+        session.chunk_count,
+        session.written_count if durable else 0,
+        session.damaged_records,
+        session.temporary,
+        token_ids,
+        created,
+        session.epoch,
+        session.tenant,
+        session.ttl_s,
+        session.pinned,
+        session.state == "parked",
+    )
 
 
 def make(

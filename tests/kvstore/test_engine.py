@@ -456,7 +456,7 @@ def test_summaries() -> None:
 
 
 def test_summaries_in_ram_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hga_kvd.engine.SUMMARY_BYTES_MIN", MIB)
+    monkeypatch.setattr("hga_kvd.recall.RAM_BYTES_MIN", MIB)
     for disk in (None, SimDisk()):
         engine = make(disk)
         session = engine.open("", WIDE, create=True).session_id

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 from hga_kvd import prefetch
+from hga_kvd.answers import STATUS_LATE
 from hga_kvd.config import Settings
-from hga_kvd.engine import STATUS_LATE, Engine
+from hga_kvd.engine import Engine
 from hga_kvd.errors import LimitExceeded
 from hga_kvd.filedisk import make_disk
 from hga_kvd.geometry import KEY_DTYPE, Geometry
@@ -122,23 +123,24 @@ def test_what_was_prefetched_is_in_ram_and_counted(stored):
 
 def test_a_prefetch_ends_with_its_session(stored):
     engine, session_id, _ = stored
+    prefetcher = engine._prefetcher
     with engine._lock:  # the prefetcher waits here
-        engine._prefetcher = threading.Thread(target=engine._prefetch_in_background)
-        engine._prefetches.put(Part(session_id, 0, all_keys(32, WIDE)))
-        engine._prefetcher.start()
+        prefetcher._thread = threading.Thread(target=prefetcher._work)
+        prefetcher.queue.put(Part(session_id, 0, all_keys(32, WIDE)))
+        prefetcher._thread.start()
         time.sleep(0.02)
     engine.delete(session_id)
-    wait_for(lambda: not engine._prefetches._waiting)
+    wait_for(lambda: not prefetcher.queue._waiting)
     assert engine.stats().prefetched_records < len(all_keys(32, WIDE))
 
 
 def test_a_prefetch_lets_fetches_go_first(stored):
     engine, session_id, _ = stored
-    engine._reading = 1  # one waits for the disk, and goes on to
+    engine._fetch_path.reading = 1  # one waits for the disk, and goes on to
     engine.prefetch(session_id, 0, all_keys(2, WIDE))
     time.sleep(0.05)
     assert engine.stats().prefetched_records == 0
-    engine._reading = 0
+    engine._fetch_path.reading = 0
     wait_for(lambda: engine.stats().prefetched_records == len(all_keys(2, WIDE)))
 
 

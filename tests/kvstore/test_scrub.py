@@ -163,7 +163,7 @@ def test_what_is_deleted_or_truncated_meanwhile_is_no_damage(monkeypatch: pytest
     """The bytes are overwritten between the plan and the read; by then the chunks are gone."""
     disk = SimDisk()
     engine, session_id, _ = filled(disk)
-    scrubber = engine._scrubber
+    scrubber = engine._integrity.scrubber
     monkeypatch.setattr("hga_kvd.scrub.read_verified", lambda disk, items, to: (gone(), np.ones(len(items), bool))[1])
     done: list[bool] = []
 

@@ -324,8 +324,8 @@ class Waiting(SimDisk):
 
 def test_an_append_that_a_truncation_overtakes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, session, chunks, _ = filled(None)
-    store = engine._store
-    monkeypatch.setattr(engine, "_store", lambda new: (store(new), engine.truncate(session, 0, 3)))
+    store = engine._append_path._store
+    monkeypatch.setattr(engine._append_path, "_store", lambda new: (store(new), engine.truncate(session, 0, 3)))
     with pytest.raises(StaleEpoch):
         append(engine, session, chunks[:2])
     check(engine, session, chunks[:3])
