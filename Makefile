@@ -9,7 +9,7 @@ TEXT ?=
 
 SCHEDULES_S ?= 600
 
-.PHONY: soak mutants demo test lint types unit proto setup apt peers tables
+.PHONY: soak mutants demo test lint types unit model proto setup apt peers tables
 
 apt:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
@@ -39,8 +39,12 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-unit: setup
+unit: setup model
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
+
+# The real weights, for the demo and the tests that need them. Without a network these are skipped, with the reason.
+model: setup
+	-@$(BIN)/python bench/smollm2.py build/model
 
 # What CI shows, for much longer: docs/testing.md.
 soak: setup mutants

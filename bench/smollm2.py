@@ -65,3 +65,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
         raise RuntimeError(f"{FILE} does not fit the model: {missing} missing, {unexpected} unexpected")
     model.tie_weights()
     return model.eval(), tokenizer
+
+
+if __name__ == "__main__":
+    ensure_model(Path(sys.argv[1]))
