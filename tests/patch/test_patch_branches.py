@@ -9,7 +9,6 @@ import hga_kvd_patch
 import pytest
 import tiny
 import torch
-from dense_client import DenseClient
 from hga_kvd_client import SessionOptions
 from hga_kvd_patch import TextMismatch
 
@@ -26,18 +25,6 @@ MODES = {
     "prompt lookup": {"prompt_lookup_num_tokens": 4},
     "prompt lookup, sampled": {"prompt_lookup_num_tokens": 4, "do_sample": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def client() -> DenseClient:
-    return DenseClient()
 
 
 def repetitive(tokens: int, batch: int = 1) -> torch.Tensor:

@@ -26,13 +26,6 @@ ROUTED = SessionOptions(router="hga", topk_chunks=2, topk_groups=4, bank_groups=
 CLOSE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def _inference():
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-
-
 def greedy(model, ids, tokens, **arguments):
     return model.generate(ids, max_new_tokens=tokens, do_sample=False, **arguments)
 

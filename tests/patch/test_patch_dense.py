@@ -9,7 +9,6 @@ import hga_kvd_patch
 import pytest
 import tiny
 import torch
-from dense_client import DenseClient
 from hga_kvd_patch import CacheRefused, CacheUnusable, CallRefused, HgaCache, TextMismatch
 from hga_kvd_patch.inputs import blocks
 from hypothesis import given
@@ -19,18 +18,6 @@ from transformers import DynamicCache, StaticCache
 
 # fp32, two orders of summing.
 CLOSE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def client() -> DenseClient:
-    return DenseClient()
 
 
 def greedy(model, ids: Tensor, tokens: int = 12, **arguments):

@@ -89,13 +89,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _inference():
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", MODELS)
 def test_models(case):
