@@ -15,8 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hga_kvd_client.answers import SessionInfo
     from hga_kvd_client.client import Client, connect
-    from hga_kvd_client.connection import Connection, SessionInfo
+    from hga_kvd_client.connection import Connection
     from hga_kvd_client.geometry import Geometry
     from hga_kvd_client.options import Rope, SessionOptions
     from hga_kvd_client.session import Session
@@ -28,7 +29,7 @@ _MODULES = {
     "Geometry": "geometry",
     "Rope": "options",
     "Session": "session",
-    "SessionInfo": "connection",
+    "SessionInfo": "answers",
     "SessionOptions": "options",
     "SessionStats": "stats",
     "connect": "client",

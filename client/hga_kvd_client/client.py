@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hga_kvd_client import errors
-from hga_kvd_client.connection import Connection, SessionInfo
+from hga_kvd_client.answers import SessionInfo
+from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry
 from hga_kvd_client.options import Rope, SessionOptions
 from hga_kvd_client.session import Session, token_id_bytes

@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 from hga_kvd_client import errors
+from hga_kvd_client.answers import Fetched, Opened
 from hga_kvd_client.attention import ExactAttention, decode_attention
 from hga_kvd_client.bank import Bank, Plan
-from hga_kvd_client.connection import Connection, Fetched, Opened
+from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Bytes, Keys
 from hga_kvd_client.keys import check_statuses, extent_keys, record_keys, token_ranges
 from hga_kvd_client.options import Rope, SessionOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from hga_kvd_client import errors
-from hga_kvd_client.connection import Fetched, Opened, SessionInfo
+from hga_kvd_client.answers import Fetched, Opened, SessionInfo
 
 
 def _first_chunks(session, count):

@@ -9,8 +9,10 @@ import time
 import numpy as np
 import pytest
 from hga_kvd_client import errors
-from hga_kvd_client.connection import RETIRED_REGIONS_MAX, Connection, default_target
+from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
+from hga_kvd_client.link import RETIRED_REGIONS_MAX
+from hga_kvd_client.target import default_target
 from scripted_daemon import ScriptedDaemon, sleep, unavailable
 
 GEOMETRY = Geometry(2, 3, 32, "float32")  # records of 4096, chunks of 96 KiB
@@ -82,7 +84,7 @@ def test_a_payload_built_in_the_buffer_is_not_copied(scripted, connect):
     connection = connect(scripted().target)
     session = connection.open("s", GEOMETRY)
     buffer = connection.append_buffer(2 * GEOMETRY.chunk_bytes)
-    assert np.shares_memory(buffer, connection._region.append_part)
+    assert np.shares_memory(buffer, connection._link.region.append_part)
     buffer[:] = payload(2)
     connection.append(session.session_id, 0, 2, buffer)
     assert connection.fetch(session.session_id, all_keys(2)).records.tobytes() == payload(2).tobytes()

@@ -266,10 +266,10 @@ def test_a_client_waits_for_its_daemon(daemon):
         session = client.open("s", GEOMETRY, ROPE, OPTIONS)
         Tokens(300).run(session, 0, 300)
         running.kill()
-        client.connection._reconnect_s = 0.3
+        client.connection._link._reconnect_s = 0.3
         with pytest.raises(errors.Unavailable, match="no daemon answered"):
             session.flush()
-        client.connection._reconnect_s = 20
+        client.connection._link._reconnect_s = 20
         running.start()
         session.flush()
         assert session.tokens == 300

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from hga_kvd_client.connection import Connection, Fetched
+from hga_kvd_client.answers import Fetched
+from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry, Keys
 
 from hga_kvd.bench.content import Content

@@ -1,0 +1,109 @@
+"""One append and one fetch over a link, by the best way it has: the fast lane, shared memory, bytes in messages.
+
+Each is an attempt, made again as a whole when the daemon went away: a new link has a new region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hga_kvd_proto import lane as layout
+from hga_kvd_proto.v1 import kvd_pb2
+
+from hga_kvd_client import errors
+from hga_kvd_client.answers import Fetched
+from hga_kvd_client.geometry import Bytes, Geometry, Keys
+from hga_kvd_client.link import Link
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What calls on a session may have."""
+
+    geometry: Geometry
+    message_bytes_max: int
+    fetch_keys_max: int
+
+
+def append_once(link: Link, limits: Limits, header: kvd_pb2.AppendHeader, payload: Bytes) -> int:
+    """The session's chunk count. header: all but where the payload is, which is put in here. Raises: as Connection's."""
+    region = link.region
+    if region is None or payload.nbytes > region.append_part.nbytes:
+        header.ClearField("shared")
+        return int(link.ask("Append", _in_parts(header, payload, limits.message_bytes_max)).chunk_count)
+    offset = region.append_offset_of(payload)
+    if offset is None:
+        region.append_part[: payload.nbytes] = payload
+        offset = region.append_offset
+    if region.lane is not None and len(header.token_ids) <= layout.REQUEST_BODY_BYTES:
+        return link.ask_lane(
+            region,
+            "Append",
+            layout.APPEND,
+            header.token_ids,
+            header.session_id,
+            epoch=header.epoch,
+            offset=offset,
+            size=payload.nbytes,
+            first_chunk=header.first_chunk,
+            chunk_count=header.chunk_count,
+        ).chunk_count
+    header.shared.CopyFrom(kvd_pb2.SharedRange(client_id=region.client_id, offset=offset, bytes=payload.nbytes))
+    return int(link.ask("Append", iter((kvd_pb2.AppendRequest(header=header),)), region).chunk_count)
+
+
+def _in_parts(header: kvd_pb2.AppendHeader, payload: Bytes, part_bytes: int) -> Iterator[kvd_pb2.AppendRequest]:
+    yield kvd_pb2.AppendRequest(header=header)
+    for start in range(0, payload.nbytes, part_bytes):
+        yield kvd_pb2.AppendRequest(payload=payload[start : start + part_bytes].tobytes())
+
+
+def fetch_once(link: Link, limits: Limits, session_id: int, keys: Keys, epoch: int, deadline_us: int) -> Fetched:
+    """All parts of one fetch. Raises: as Connection's."""
+    record_bytes = limits.geometry.record_bytes
+    region = link.region
+    if region is not None and record_bytes > region.fetch_part.nbytes:
+        region = None
+    room = region.fetch_part.nbytes if region is not None else limits.message_bytes_max
+    most = max(1, min(limits.fetch_keys_max, room // record_bytes))
+    if region is not None and region.lane is not None:
+        most = min(most, layout.FETCH_KEYS_MAX)
+    if region is not None and len(keys) <= most:
+        records = region.fetch_part[: len(keys) * record_bytes].reshape(-1, record_bytes)
+    else:
+        records = np.empty((len(keys), record_bytes), np.uint8)
+
+    statuses: Bytes | None = None
+    ram_records = nvme_records = 0
+    for start in range(0, len(keys), most):
+        end = min(start + most, len(keys))
+        packed = keys[start:end].tobytes()
+        size = (end - start) * record_bytes
+        answer: Any
+        if region is not None and region.lane is not None:
+            answer = link.ask_lane(
+                region, "Fetch", layout.FETCH, packed, session_id, size=size, epoch=epoch, deadline_us=deadline_us
+            )
+            found = answer.body
+        else:
+            request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed, epoch=epoch, deadline_us=deadline_us)
+            if region is not None:
+                request.shared.client_id = region.client_id
+                request.shared.bytes = size
+            answer = link.ask("Fetch", request)
+            found = answer.statuses
+        if region is None or len(keys) > most:
+            received = np.frombuffer(answer.payload, np.uint8) if region is None else region.fetch_part[:size]
+            if received.nbytes != size:
+                raise errors.DaemonFault(f"Fetch answered {received.nbytes} bytes, {size} were asked for")
+            records[start:end] = received.reshape(-1, record_bytes)
+        if found:
+            if statuses is None:
+                statuses = np.zeros(len(keys), np.uint8)
+            statuses[start:end] = np.frombuffer(found, np.uint8)
+        ram_records += answer.ram_records
+        nvme_records += answer.nvme_records
+    return Fetched(records, statuses, ram_records, nvme_records)
