@@ -24,19 +24,15 @@ from hga_kvd.engine import Engine
 from hga_kvd.filedisk import make_disk
 from hga_kvd.format import (
     CHUNKS,
-    MANIFEST_NAME,
     FrameHeader,
-    Manifest,
-    SegmentEntry,
-    SessionEntry,
     encode_chunk_table,
     encode_frame_head,
-    encode_manifest,
     encode_segment_header,
     segment_name,
 )
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.log import make_log
+from hga_kvd.manifest import MANIFEST_NAME, Manifest, SegmentEntry, SessionEntry, encode_manifest
 from rich.console import Console
 from rich.table import Table
 

@@ -28,16 +28,13 @@ from hga_kvd.filedisk import FileDisk, make_disk
 from hga_kvd.format import (
     CHUNKS,
     FrameHeader,
-    Manifest,
-    SegmentEntry,
-    SessionEntry,
     encode_chunk_table,
     encode_frame_head,
-    encode_manifest,
     encode_segment_header,
     segment_name,
 )
 from hga_kvd.geometry import Geometry
+from hga_kvd.manifest import Manifest, SegmentEntry, SessionEntry, encode_manifest
 from hga_kvd.memory import address_of, aligned_buffer
 
 MIB = 1 << 20

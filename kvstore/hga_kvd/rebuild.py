@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hga_kvd import chains
-from hga_kvd.format import LINK, ChunkFrame, Frame, FrameHeader, Manifest, SessionEntry, SummaryFrame
+from hga_kvd.format import LINK, ChunkFrame, Frame, FrameHeader, SummaryFrame
 from hga_kvd.index import LOST_ROW, Places, Session, places_of
+from hga_kvd.manifest import Manifest, SessionEntry
 from hga_kvd.residency import Pool, Residency
 
 LOST_UID = 0

@@ -25,13 +25,13 @@ from hga_kvd.format import (
     BLOCK_BYTES,
     FRAME_HEAD_BYTES,
     FrameHeader,
-    SegmentState,
     encode_frame_head,
     encode_segment_header,
     round_up,
     segment_name,
 )
 from hga_kvd.index import Places, places_of, runs_of
+from hga_kvd.manifest import SegmentState
 from hga_kvd.memory import address_of, aligned_buffer
 
 I64 = npt.NDArray[np.int64]

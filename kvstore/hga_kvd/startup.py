@@ -13,18 +13,9 @@ from structlog.typing import FilteringBoundLogger
 
 from hga_kvd.disk import Disk
 from hga_kvd.errors import StartRefused
-from hga_kvd.format import (
-    MANIFEST_NAME,
-    BadBytes,
-    Frame,
-    Manifest,
-    NewerFormat,
-    SegmentEntry,
-    decode_manifest,
-    segment_id_of,
-    segment_name,
-)
+from hga_kvd.format import BadBytes, Frame, NewerFormat, segment_id_of, segment_name
 from hga_kvd.index import LOST_ROW, Places, Session, places_of, runs_of
+from hga_kvd.manifest import MANIFEST_NAME, Manifest, SegmentEntry, decode_manifest
 from hga_kvd.rebuild import Rebuilt, rebuild
 from hga_kvd.recovery import Walk, erase_heads, header_fits, walk
 from hga_kvd.residency import Residency

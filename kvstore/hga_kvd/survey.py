@@ -12,23 +12,18 @@ import numpy.typing as npt
 
 from hga_kvd.checksum import summary_seeds
 from hga_kvd.disk import Disk
-from hga_kvd.format import (
+from hga_kvd.format import BadBytes, Frame, FrameHeader, NewerFormat, segment_id_of, segment_name
+from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
+from hga_kvd.index import LOST_ROW, Session
+from hga_kvd.manifest import (
     MANIFEST_COPY_NAME,
     MANIFEST_NAME,
-    BadBytes,
-    Frame,
-    FrameHeader,
     Manifest,
-    NewerFormat,
     SegmentEntry,
     SegmentState,
     decode_manifest,
     encode_manifest,
-    segment_id_of,
-    segment_name,
 )
-from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
-from hga_kvd.index import LOST_ROW, Session
 from hga_kvd.reads import Items, read_verified
 from hga_kvd.rebuild import rebuild
 from hga_kvd.recovery import header_fits, walk

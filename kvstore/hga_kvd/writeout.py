@@ -21,9 +21,9 @@ from structlog.typing import FilteringBoundLogger
 from hga_kvd import jobs
 from hga_kvd.disk import Disk
 from hga_kvd.errors import StorageFull, WriteFailed
-from hga_kvd.format import MANIFEST_COPY_NAME, MANIFEST_NAME, Manifest, SegmentEntry, SessionEntry, encode_manifest
 from hga_kvd.index import U64, Places, Session
 from hga_kvd.jobs import Job
+from hga_kvd.manifest import MANIFEST_COPY_NAME, MANIFEST_NAME, Manifest, SegmentEntry, SessionEntry, encode_manifest
 from hga_kvd.residency import Residency
 from hga_kvd.segments import SegmentLog
 

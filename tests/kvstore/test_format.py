@@ -13,6 +13,7 @@ from hga_kvd.checksum import checksum, checksums, mix, record_seeds, summary_see
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.manifest import Manifest, SegmentEntry, SessionEntry, decode_manifest, encode_manifest
 from hga_kvd.testing.simdisk import SimDisk
 from hypothesis import given
 from hypothesis import strategies as st
@@ -245,14 +246,14 @@ GEOMETRIES = st.builds(
     rope=st.text(max_size=8),
 )
 MANIFESTS = st.builds(
-    fmt.Manifest,
+    Manifest,
     st.booleans(),
     st.integers(0, 1 << 62),
     st.integers(0, 1 << 62),
     st.integers(0, 1 << 62),
     st.lists(
         st.builds(
-            fmt.SessionEntry,
+            SessionEntry,
             st.integers(1, 99),
             st.text(min_size=1, max_size=9),
             GEOMETRIES,
@@ -269,7 +270,7 @@ MANIFESTS = st.builds(
     ).map(tuple),
     st.lists(
         st.builds(
-            fmt.SegmentEntry,
+            SegmentEntry,
             st.integers(1, 99),
             st.sampled_from(["open", "sealed", "poisoned"]),
             st.integers(0, 1 << 40),
@@ -281,16 +282,16 @@ MANIFESTS = st.builds(
 
 
 @given(MANIFESTS)
-def test_manifests_come_back(manifest: fmt.Manifest) -> None:
-    assert fmt.decode_manifest(fmt.encode_manifest(manifest)) == manifest
+def test_manifests_come_back(manifest: Manifest) -> None:
+    assert decode_manifest(encode_manifest(manifest)) == manifest
 
 
 @given(MANIFESTS, st.data())
-def test_any_changed_byte_of_a_manifest_is_noticed(manifest: fmt.Manifest, data: st.DataObject) -> None:
-    content = bytearray(fmt.encode_manifest(manifest))
+def test_any_changed_byte_of_a_manifest_is_noticed(manifest: Manifest, data: st.DataObject) -> None:
+    content = bytearray(encode_manifest(manifest))
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(fmt.BadBytes):
-        fmt.decode_manifest(bytes(content))
+        decode_manifest(bytes(content))
 
 
 def signed(text: bytes, version: int = 1) -> bytes:
@@ -326,22 +327,22 @@ def signed(text: bytes, version: int = 1) -> bytes:
 )
 def test_a_manifest_with_a_wrong_field_is_refused(change: tuple[bytes, bytes]) -> None:
     text = (GOLDEN / "MANIFEST").read_bytes()[24:]
-    assert fmt.decode_manifest(signed(text)).clean
+    assert decode_manifest(signed(text)).clean
     assert text.count(change[0]) == 1
     with pytest.raises(fmt.BadBytes):
-        fmt.decode_manifest(signed(text.replace(*change)))
+        decode_manifest(signed(text.replace(*change)))
 
 
 @given(st.one_of(st.binary(max_size=100), st.recursive(st.none(), st.lists).map(lambda x: repr(x).encode())))
 def test_a_manifest_of_garbage_is_refused(text: bytes) -> None:
     for content in (text, signed(text), signed(b"[" * 100_000)):
         with pytest.raises(fmt.BadBytes):
-            fmt.decode_manifest(content)
+            decode_manifest(content)
 
 
 def test_a_newer_manifest_is_told_from_a_bad_one() -> None:
     with pytest.raises(fmt.NewerFormat, match="format version 2"):
-        fmt.decode_manifest(signed(b"whatever comes then", version=2))
+        decode_manifest(signed(b"whatever comes then", version=2))
 
 
 if __name__ == "__main__":  # python tests/kvstore/test_format.py: writes the golden files anew

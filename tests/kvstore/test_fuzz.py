@@ -29,11 +29,11 @@ from hga_kvd.format import (
     BadBytes,
     check_frame,
     decode_frame_header,
-    decode_manifest,
     decode_segment_header,
     decode_table,
 )
 from hga_kvd.geometry import KEY_DTYPE
+from hga_kvd.manifest import decode_manifest
 from hga_kvd.testing.simdisk import SimDisk
 from hga_kvd.testing.simulation import SMALL, TINY, frames_of
 from hga_kvd.testing.trial import Trial

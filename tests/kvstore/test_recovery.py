@@ -12,8 +12,9 @@ from hga_kvd.checksum import checksum
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.errors import StartRefused, StorageFull, WriteFailed
-from hga_kvd.format import decode_manifest, encode_manifest, encode_segment_header
+from hga_kvd.format import encode_segment_header
 from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.manifest import decode_manifest, encode_manifest
 from hga_kvd.testing.simdisk import SimDisk
 from hga_kvd.testing.workload import records_of
 

@@ -19,19 +19,18 @@ from hga_kvd.engine import Engine
 from hga_kvd.errors import KvdError, StartRefused, StorageFull, WriteFailed
 from hga_kvd.format import (
     BLOCK_BYTES,
-    MANIFEST_NAME,
     BadBytes,
     ChunkFrame,
     Frame,
     SummaryFrame,
     check_frame,
     decode_frame_header,
-    decode_manifest,
     decode_table,
     segment_id_of,
     segment_name,
 )
 from hga_kvd.geometry import Geometry
+from hga_kvd.manifest import MANIFEST_NAME, decode_manifest
 from hga_kvd.testing.faults import Fault, Life, Remains, Schedule, Severity
 from hga_kvd.testing.simdisk import SECTOR_BYTES, PowerLoss, SimDisk
 from hga_kvd.testing.trial import Trial
