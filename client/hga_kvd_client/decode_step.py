@@ -106,13 +106,13 @@ KERNELS, TWINS = Calls.of(""), Calls.of("_twin")
 class _Replayed:
     """Calls of one layer's half: run as they are the first time, then as a graph while their tensors stay in place."""
 
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
+    def __init__(self) -> None:
         self._seen = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def run(self, work: Callable[[], None], version: int) -> None:
-        """version: another one, never 0, when the tensors that `work` uses have moved."""
+    def run(self, work: Callable[[], None], version: int, pool: Any) -> None:
+        """version: another one, never 0, when the tensors that `work` uses have moved. pool: of graphs of one version: with
+        the last graph of a pool goes the pool."""
         if version != self._seen:
             # The first run compiles what is not compiled yet, which a capture must not.
             self._seen, self._graph = version, None
@@ -123,7 +123,7 @@ class _Replayed:
             stream = cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     work()
                 finally:
@@ -190,9 +190,9 @@ class DecodeStep:
         self._landing: _Registered | None = None
         self._source = self._staging
 
-        pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        self._routes = [_Replayed(pool) for _ in range(layers)]
-        self._lands = [_Replayed(pool) for _ in range(layers)]
+        self._pool: Any = None
+        self._routes = [_Replayed() for _ in range(layers)]
+        self._lands = [_Replayed() for _ in range(layers)]
         self._side = cuda.Stream() if self._on_gpu else None
         self._reading = False
         self._step = 0
@@ -223,6 +223,7 @@ class DecodeStep:
             self._window, self._states, self._scale = window, states, scale
             self._reserve(states[0])
             self._version, self._moved = self._version + 1, False
+            self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         self._step += 1
         numbers = self._control_numbers
         numbers[WINDOW_TOKENS], numbers[FIRST_GROUP], numbers[GROUPS], numbers[STEP] = (
@@ -236,7 +237,7 @@ class DecodeStep:
         self._q.copy_(q)
         work = partial(self._route, layer)
         if self._on_gpu:
-            self._routes[layer].run(work, self._version)
+            self._routes[layer].run(work, self._version, self._pool)
         else:
             work()
 
@@ -261,7 +262,8 @@ class DecodeStep:
         self._mail_host[layer, bank.MAIL_OFFSET] = offset
         work = partial(self._land, layer, source)
         if self._on_gpu:
-            self._lands[layer].run(work, self._version if source is not self._staging else -self._version)
+            version = self._version if source is not self._staging else -self._version
+            self._lands[layer].run(work, version, self._pool)
             self._reading = True
         else:
             work()

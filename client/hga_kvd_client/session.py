@@ -156,8 +156,7 @@ class Session:
         """Attention of the tokens just appended to this layer.
 
         q: [heads, tokens, head_dim] after RoPE, heads a multiple of kv_heads. Returns the same shape and dtype.
-        One token is routed, and on a GPU its result is overwritten by the layer's next token; more are exact and causal,
-        or routed if options.prefill says so.
+        One token is routed; more are exact and causal, or routed if options.prefill says so.
         Raises: RecordsDamaged, SessionLost, InvalidRequest.
         """
         heads, tokens, dim = q.shape
@@ -448,10 +447,7 @@ class Session:
         attention.add(k, v, visible=visible)
 
     def _attend_on_device(self, step: DecodeStep, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
-        """As _attend_routed, with the kernels: what is resident is attended while the rest is fetched.
-
-        The result is in the dtype of K and V, and overwritten by the layer's next token.
-        """
+        """As _attend_routed, with the kernels: what is resident is attended while the rest is fetched."""
         geometry = self.geometry
         first, end = self._routable()
         groups = (end - first) * geometry.groups_per_chunk
@@ -477,7 +473,8 @@ class Session:
         self.stats.opened_groups += opened
         self.stats.routable_groups += groups * geometry.kv_heads
         self.stats.bank_bytes += (opened - len(keys)) * geometry.record_bytes
-        return step.result(layer).view(q.shape)
+        # The step's own is overwritten by the layer's next token.
+        return step.result(layer).view(q.shape).clone()
 
     def _device_step_for(self, q: Tensor) -> DecodeStep | None:
         """The device's step, if this token can take it: on a GPU, with something to route, and room for what is opened."""
