@@ -16,8 +16,10 @@ from hga_kvd_client import errors
 from hga_kvd_client.answers import SessionInfo
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry
+from hga_kvd_client.held import Held
 from hga_kvd_client.options import Rope, SessionOptions
-from hga_kvd_client.session import Session, token_id_bytes
+from hga_kvd_client.session import Session
+from hga_kvd_client.token_ids import token_id_bytes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -74,16 +76,8 @@ class Client:
             token_ids=b"" if token_ids is None else token_id_bytes(token_ids),
             ttl_s=ttl_s,
         )
-        session = Session(
-            self.connection,
-            opened,
-            rope,
-            options or SessionOptions(),
-            torch.device(device),
-            DTYPES[geometry.dtype],
-            tenant=tenant,
-            ttl_s=ttl_s,
-        )
+        model_side = (rope, options or SessionOptions(), torch.device(device), DTYPES[geometry.dtype])
+        session = Session(self.connection, opened, Held.nothing_yet(opened.geometry, *model_side), tenant, ttl_s)
         if opened.chunk_count:
             try:
                 session.resume(salvage)

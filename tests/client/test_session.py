@@ -168,7 +168,8 @@ def test_resident_bytes_are_the_tensors_and_stay_bounded():
     for token in range(3500, 4000):
         tokens.run(session, token, token + 1)
         kept = sum(
-            sum(tensors(part, {}).values()) for part in (session._window, session._routing.store, *session._banks)
+            sum(tensors(part, {}).values())
+            for part in (session._window, session._routing.store, *session._attending.banks)
         )
         assert session.resident_bytes() == kept
     assert session._window.resident_bytes() == token_bytes * (1 + 2 + 2) * 64
@@ -190,7 +191,7 @@ def test_resume_gives_identical_outputs(count):
         tokens.run(other, other.tokens, count)
     # The first session steps too, on a daemon of its own that has the same chunks.
     for token in range(count, count + 80):
-        session._connection.daemon = _copy(daemon) if token == count else session._connection.daemon
+        session._stored.connection.daemon = _copy(daemon) if token == count else session._stored.connection.daemon
         mine, theirs = tokens.run(session, token, token + 1), tokens.run(other, token, token + 1)
         assert torch.equal(mine, theirs)
         for layer in range(LAYERS):
@@ -268,7 +269,7 @@ def test_a_replaced_daemon_gets_the_missing_chunks_again(keep, notice, caplog):
     tokens = Tokens(1000)
     for first, end in blocks([1, 70, 1, 1, 100], 1000):
         assert (tokens.run(session, first, end) - tokens.dense(first, end)).abs().max() < 1e-5
-        if session._durable_chunks > 2 and first % 5 == 0:
+        if session._stored.durable_chunks > 2 and first % 5 == 0:
             daemon.restart(keep)
             if notice == "before the call":
                 connection.notice_replacement()

@@ -89,16 +89,16 @@ def test_truncate_reads_only_what_had_left_the_window(back):
     feed(session, tokens, 700)
     tokens.run(session, 700, 701)
     connection.fetched_keys.clear()
-    epoch = session._epoch
+    epoch = session._stored.epoch
     session.truncate(701 - back)
     chunks = {int(key["group"]) // 4 for keys in connection.fetched_keys for key in keys}
     closed, kept = 10, 701 - back
     if kept >= closed * 64:
-        assert (chunks, session._epoch) == (set(), epoch)
+        assert (chunks, session._stored.epoch) == (set(), epoch)
     else:
         # Two recent chunks and the one that opens again, minus those that were in the window: 8, 9 and the open chunk.
         wanted = set(range(max(1, kept // 64 - 2), -(-kept // 64)))
-        assert (chunks, session._epoch) == (wanted - {8, 9, 10}, epoch + 1)
+        assert (chunks, session._stored.epoch) == (wanted - {8, 9, 10}, epoch + 1)
     assert_same_steps(session, branch(tokens, kept, 3))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_connection import FakeConnection
-from hga_kvd_client import SessionOptions, errors, session
+from hga_kvd_client import SessionOptions, device_attending, errors
 from hga_kvd_client.client import Client
 from sequences import GEOMETRY, LAYERS, ROPE, Tokens, blocks
 
@@ -28,7 +28,7 @@ OPTIONS = SessionOptions(
 
 @pytest.fixture
 def _on_cpu(monkeypatch):
-    monkeypatch.setattr(session, "STEP_DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(device_attending, "STEP_DEVICES", {"cpu", "cuda"})
 
 
 def pair(monkeypatch, router="hga"):
@@ -36,7 +36,7 @@ def pair(monkeypatch, router="hga"):
     options = replace(OPTIONS, router=router)
     sessions = [Client(FakeConnection()).open("s", GEOMETRY, ROPE, options) for _ in range(2)]
     plain = sessions[1]
-    monkeypatch.setattr(plain, "_device_step_for", lambda q: None)
+    monkeypatch.setattr(plain._attending.on_device, "takes", lambda *_: False)
     return sessions
 
 
@@ -56,8 +56,8 @@ def test_decodes_as_without_it_also_after_going_back(monkeypatch, router):
         for first, end in blocks([250], 700):
             tokens.run(one, first, end)
     run(700, 750)
-    assert sessions[0]._device_step is not None
-    assert not sessions[0]._banks
+    assert sessions[0]._attending.on_device.step is not None
+    assert not sessions[0]._attending.banks
     for name in ("opened_groups", "routable_groups", "bank_bytes", "decode_steps", "ram_bytes", "nvme_bytes"):
         assert getattr(sessions[0].stats, name) == getattr(sessions[1].stats, name), name
     for one in sessions:
@@ -73,7 +73,7 @@ def test_a_failed_fetch_is_made_again_as_a_whole(monkeypatch):
         for token in range(700, 720):
             tokens.run(each, token, token + 1)
     tokens.q[0, :, 720] = 9.0  # another direction: something is missing
-    connection = one._connection
+    connection = one._stored.connection
     fetch, connection.fetch = connection.fetch, None
     with pytest.raises(TypeError):
         tokens.run(one, 720, 721)
@@ -86,7 +86,7 @@ def test_a_failed_fetch_is_made_again_as_a_whole(monkeypatch):
 def test_damage_is_never_attended(monkeypatch):
     (one, _), tokens = pair(monkeypatch), Tokens(900)
     tokens.run(one, 0, 700)
-    connection = one._connection
+    connection = one._stored.connection
     connection.damaged = {(1, head, group) for head in range(GEOMETRY.kv_heads) for group in range(40)}
     for _ in range(2):
         with pytest.raises(errors.RecordsDamaged):
@@ -103,4 +103,4 @@ def test_what_does_not_fit_in_the_bank_is_decoded_without_it():
     one, tokens = Client(FakeConnection()).open("s", GEOMETRY, ROPE, options), Tokens(720)
     for first, end in blocks([700, 1, 1], 702):
         tokens.run(one, first, end)
-    assert one._device_step is None
+    assert one._attending.on_device.step is None

@@ -113,8 +113,8 @@ def test_steps_are_exact_also_after_going_back_and_branching(router, dtype, bank
     tokens, tolerance = on_gpu(1000, dtype=dtype), TOLERANCE[dtype]
     prompt(session, tokens, 700)
     decode(session, tokens, 700, 780, tolerance)  # two chunks are closed on the way
-    assert session._device_step is not None
-    assert not session._banks
+    assert session._attending.on_device.step is not None
+    assert not session._attending.banks
     assert 0 < session.stats.bank_bytes < session.stats.opened_groups * geometry.record_bytes
     session.truncate(770)  # the open chunk
     decode(session, tokens, 770, 775, tolerance)
@@ -205,6 +205,6 @@ def test_sessions_take_turns_on_the_lane_of_a_real_daemon(daemon):
                 mine = torch.stack(outs[number::2])
                 assert (mine.double() - over_what_is_open(session, tokens, token)).abs().max() < 1e-4
         for session in sessions:
-            assert session._device_step is not None
-            assert session._device_step._landing.words is not None, "read in place"
+            assert session._attending.on_device.step is not None
+            assert session._attending.on_device.step._landing.words is not None, "read in place"
             assert session.stats.fetches > 30

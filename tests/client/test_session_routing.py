@@ -163,8 +163,8 @@ def test_resume_takes_basis_and_sketches_from_the_daemon(count, options):
     alone = FakeDaemon()
     alone.sessions = {1: {**next(iter(daemon.sessions.values()))}}
     alone.sessions[1]["chunks"] = list(alone.sessions[1]["chunks"])
-    session._connection, session._closed = FakeConnection(alone), False
-    session._session_id = 1
+    session._stored.connection, session._closed = FakeConnection(alone), False
+    session._stored._session_id = 1
     for token in range(count + 1, count + 40):
         assert torch.equal(tokens.run(session, token, token + 1), tokens.run(other, token, token + 1))
         for layer in range(LAYERS):
@@ -267,7 +267,7 @@ def test_a_replaced_daemon_gets_basis_and_sketches_again(keep, caplog):
     tokens = Tokens(1000)
     for first, end in blocks([1, 70, 1, 1, 100], 1000):
         assert (tokens.run(session, first, end) - tokens.dense(first, end)).abs().max() < 1e-5
-        if session._durable_chunks > 2 and first % 5 == 0:
+        if session._stored.durable_chunks > 2 and first % 5 == 0:
             daemon.restart(keep)
     assert session.stats.recoveries >= 2
     session.flush()
@@ -311,7 +311,7 @@ def test_state_is_what_the_design_says_and_counts():
         packed = store.packed(0, store.count)
         assert packed.nbytes / (store.count * geometry.chunk_bytes) == pytest.approx(share, abs=1e-3)
         assert session.resident_bytes() == session._window.resident_bytes() + session._routing.resident_bytes() + sum(
-            bank.resident_bytes() for bank in session._banks
+            bank.resident_bytes() for bank in session._attending.banks
         )
 
 

@@ -223,7 +223,7 @@ def damage(here, places) -> None:
     """Flips a bit of stored records in the daemon's segments, while it is stopped. places: (session, layer, group)."""
     records = []
     for session, layer, group in places:
-        fetched = session._fetch(record_keys(layer, np.array([0]), np.array([group]))).records
+        fetched = session._stored.fetch(record_keys(layer, np.array([0]), np.array([group]))).records
         records.append(bytes(fetched.reshape(-1)))
     here.stop()
     for record in records:

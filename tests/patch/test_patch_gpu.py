@@ -56,7 +56,7 @@ def test_generate_through_the_device_step_and_a_real_daemon(router, dtype, daemo
         cache = model(ids).past_key_values
         ours = [model(dense[:, t : t + 1], past_key_values=cache).logits[:, 0] for t in range(700, 799)]
         (session,) = cache.sessions
-        assert session._device_step is not None
+        assert session._attending.on_device.step is not None
         assert session.stats.opened_groups == session.stats.routable_groups > 0
         again = model.generate(ids, max_new_tokens=100, do_sample=False)
     error = (torch.stack(ours, 1).float() - expected[:, 1:].float()).norm() / expected[:, 1:].float().norm()

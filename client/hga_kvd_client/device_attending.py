@@ -1,0 +1,120 @@
+"""A routed token on the device: the session's window, routing state and stored records, handed to the device's step.
+
+Triton is imported at the first token that could use it; without it `takes` says no, and the token goes the plain way.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hga_kvd_client.held import Held
+from hga_kvd_client.stored import StoredSession
+from hga_kvd_client.summaries import Summaries
+
+if TYPE_CHECKING:
+    from hga_kvd_client.decode_step import DecodeStep, State
+
+logger = logging.getLogger("hga_kvd_client")
+
+# Where a token takes the device's step. Tests add the CPU, where it runs the twins.
+STEP_DEVICES = {"cuda"}
+
+
+class DeviceAttending:
+    """Of one session."""
+
+    def __init__(self, held: Held, stored: StoredSession) -> None:
+        self._options, self._device, self._dtype = held.options, held.device, held.dtype
+        self._window, self._routing, self._stored, self._stats = held.window, held.routing, stored, held.stats
+        self.step: DecodeStep | None = None  # made at the first token that it takes
+        self._refused = False
+        self._states: tuple[Tensor, list[State]] | None = None  # and what they are views of
+
+    def takes(self, q: Tensor, first: int, end: int) -> bool:
+        """Whether this token is the device's: on a GPU, with something to route in chunks first .. end-1, and room for
+        what is opened. q: [kv_heads, ratio, head_dim]."""
+        if self._device.type not in STEP_DEVICES or self._refused or end <= first:
+            return False
+        ratio, most = q.shape[1], self._routing.opened_most(q.shape[1])
+        window = self._window.everything.shape[3]
+        if self.step is not None and self.step.fits(ratio, most, window):
+            return True
+        if not 0 < most <= self._options.bank_groups:
+            return False
+        try:
+            from hga_kvd_client.decode_step import DecodeStep  # noqa: PLC0415
+        except ImportError as error:
+            logger.warning("decoding without kernels, slowly: %s", error)
+            self._refused = True
+            return False
+        self.step = DecodeStep(
+            self._stored.geometry, ratio, self._options.bank_groups, most, window, self._dtype, self._device
+        )
+        return True
+
+    def attend(self, layer: int, q: Tensor, scale: float, seen: int, token: int, first: int, end: int) -> Tensor:
+        """As Attending.one, in the dtype of K and V: what is resident is attended while the rest is fetched.
+
+        token: another number for every token.
+        """
+        geometry, stats, step = self._stored.geometry, self._stats, self.step
+        assert step is not None, "takes said so"
+        groups = (end - first) * geometry.groups_per_chunk
+        if step.token != token:
+            step.register(self._stored.connection.landing)
+            states, window = self._layer_states(), self._window
+            first_group = first * geometry.groups_per_chunk
+            step.begin(token, window.everything, states, scale, window.place(seen), first_group, groups)
+        step.start(layer, q)
+        keys = step.misses(layer)
+        if len(keys):
+            try:
+                answer = self._stored.fetch(keys)
+            except BaseException:
+                step.abandon(layer)
+                raise
+            step.land(layer, answer.records)
+            self._stored.connection.reader = step.settle
+            stats.ram_bytes += answer.ram_records * geometry.record_bytes
+            stats.nvme_bytes += answer.nvme_records * geometry.record_bytes
+        opened = step.opened_count(layer)
+        stats.opened_groups += opened
+        stats.routable_groups += groups * geometry.kv_heads
+        stats.bank_bytes += (opened - len(keys)) * geometry.record_bytes
+        # The step's own is overwritten by the layer's next token.
+        return step.result(layer).view(q.shape).clone()
+
+    def opened(self, layer: int) -> tuple[Tensor, Tensor]:
+        """As DecodeStep.opened."""
+        assert self.step is not None
+        return self.step.opened(layer)
+
+    def forget(self) -> None:
+        """Groups are no longer what they were."""
+        if self.step is not None:
+            self.step.forget()
+
+    def resident_bytes(self) -> int:
+        return 0 if self.step is None else self.step.resident_bytes()
+
+    def _layer_states(self) -> list[State]:
+        """What each layer routes with; the same list as long as nothing has moved."""
+        from hga_kvd_client.decode_step import HgaState, SketchState  # noqa: PLC0415
+
+        store, options = self._routing.store, self._options
+        assert store is not None
+        moved = store.groups if isinstance(store, Summaries) else store.records
+        if self._states is None or self._states[0] is not moved:
+            states: list[State]
+            if isinstance(store, Summaries):
+                both = zip(store.chunks, store.groups, strict=True)
+                states = [HgaState(*layer, options.topk_chunks, options.topk_groups) for layer in both]
+            else:
+                budget = options.sketch_groups * self._stored.geometry.kv_heads
+                turns = zip(store.basis.to_z, store.basis.centre, store.records, strict=True)
+                states = [SketchState(store.spec, z.contiguous(), c.contiguous(), r, budget) for z, c, r in turns]
+            self._states = (moved, states)
+        return self._states[1]

@@ -1,0 +1,288 @@
+"""One session as the daemon has it: chunks go in from the window, records come out.
+
+What always holds:
+- Every call is made in the session's present epoch. If the daemon was replaced, the session is found again first, or
+  made again: chunks that were not durable are appended once more from the window. If it cannot be, SessionLost.
+- `chunks` are closed and in the daemon; `durable_chunks` of them survive power loss.
+- Nothing damaged leaves here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hga_kvd_client import errors
+from hga_kvd_client.answers import Fetched, Opened
+from hga_kvd_client.connection import Connection
+from hga_kvd_client.geometry import Bytes, Keys
+from hga_kvd_client.held import Held
+from hga_kvd_client.keys import check_statuses, extent_keys, token_ranges
+
+logger = logging.getLogger("hga_kvd_client")
+Answer = TypeVar("Answer")
+
+# Replacements of the daemon that one call survives before it gives up.
+RECOVERIES_MAX = 3
+
+
+class StoredSession:
+    """Made by Session. What is appended comes from the window that it holds."""
+
+    def __init__(self, connection: Connection, opened: Opened, held: Held, tenant: str, ttl_s: int) -> None:
+        self.name, self.geometry = opened.name, held.geometry
+        self.tenant, self.ttl_s = tenant, ttl_s
+        self.tokens = 0  # that all layers have, open chunk included; counted by Session
+        self.chunks = opened.chunk_count
+        self.durable_chunks = opened.durable_chunk_count
+        self.flushes = bool(opened.name)  # whether it can be durable at all
+        self.epoch = opened.epoch
+        self.connection = connection
+        self._session_id = opened.session_id
+        self._generation = connection.generation
+        self._held = held
+
+    # Chunks in.
+
+    def append_to(self, end: int) -> None:
+        """Appends the chunks up to `end` from the window, with their routing state, in parts that the daemon takes."""
+        geometry = self.geometry
+        part = max(1, self.connection.append_bytes_max() // geometry.chunk_bytes)
+        while self.chunks < end:
+            first, until = self.chunks, min(self.chunks + part, end)
+            try:
+                self.call(lambda first=first, until=until: self._append(first, until))  # type: ignore[misc]
+            except errors.LimitExceeded:
+                if until - first == 1:
+                    raise
+                part = (until - first) // 2  # the daemon's arena may be smaller than our region
+                continue
+            self.chunks = until
+            self.put_routing(first, until)
+            self._held.stats.appended_chunks += until - first
+
+    def put_routing(self, first: int, end: int) -> None:
+        """What the routing state has of chunks first .. end-1."""
+        self.call(lambda: self._put_routing(first, end))
+
+    def put_summary(self, kind: str, chunk: int, payload: bytes) -> None:
+        """One entry of one chunk. Raises: LimitExceeded."""
+        self.call(lambda: self.connection.put_summaries(self._session_id, kind, chunk, 1, payload, epoch=self.epoch))
+
+    def flush(self) -> None:
+        """Returns when all chunks survive power loss. Raises: NotDurable, WriteFailed."""
+        self.durable_chunks = self.call(self._flush_everything)
+        self._held.stats.flushes += 1
+
+    def flush_if_possible(self) -> None:
+        try:
+            self.flush()
+        except errors.NotDurable as error:
+            self.flushes = False
+            logger.warning("session %r will not survive a restart of the daemon: %s", self.name, error)
+
+    # Chunks out.
+
+    def fetch(self, keys: Keys) -> Fetched:
+        """Raises: RecordsDamaged."""
+        started = time.perf_counter()
+        answer = self.call(lambda: self.connection.fetch(self._session_id, keys, epoch=self.epoch))
+        self._held.stats.fetch_s += time.perf_counter() - started
+        self._held.stats.fetches += 1
+        check_statuses(answer.statuses, keys, self.geometry.group_tokens)
+        return answer
+
+    def tiles(self, layer: int, first: int, end: int) -> Iterator[tuple[int, Tensor, Tensor, Fetched]]:
+        """K and V of chunks first .. end-1 in tiles: (first chunk, k, v [kv_heads, tile_tokens, head_dim], the fetch).
+
+        Whole extents are read, in storage order. A tile is a copy.
+        """
+        geometry = self.geometry
+        for start in range(first, end, self._held.options.prefill_tile_chunks):
+            chunks = min(self._held.options.prefill_tile_chunks, end - start)
+            answer = self.fetch(extent_keys(geometry, layer, start, chunks))
+            shape = (chunks, geometry.kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens, geometry.head_dim)
+            tile = self.as_tensor(answer.records, shape).permute(3, 1, 0, 2, 4, 5)
+            k, v = tile.reshape(2, geometry.kv_heads, chunks * geometry.chunk_tokens, geometry.head_dim).unbind(0)
+            yield start, k.to(self._held.device), v.to(self._held.device), answer
+
+    def all_layers(self, first: int, end: int) -> list[tuple[int, int, Tensor, Tensor]]:
+        """All layers of chunks first .. end-1: (layer, first token, k, v [kv_heads, tokens, head_dim]), in tiles."""
+        return [
+            (layer, chunk * self.geometry.chunk_tokens, k, v)
+            for layer in range(self.geometry.layers)
+            for chunk, k, v, _ in self.tiles(layer, first, end)
+        ]
+
+    def as_tensor(self, records: Bytes, shape: tuple[int, ...]) -> Tensor:
+        """A view of fetched bytes, in this process's memory; gone with the next fetch."""
+        return torch.from_numpy(records.reshape(-1)).view(self._held.dtype).view(shape)
+
+    def summary(self, kind: str, first: int, count: int) -> tuple[int, bytes] | None:
+        """Stored summaries from chunk `first` on, at least one, or None."""
+        try:
+            return self.call(
+                lambda: self.connection.get_summaries(self._session_id, kind, first, count, epoch=self.epoch)
+            )
+        except errors.SummariesNotFound:
+            return None
+
+    def token_ids(self) -> bytes:
+        """Of all chunks, as in TokenIds; empty if some were never told."""
+        return self.call(lambda: self.connection.info(self._session_id)).token_ids
+
+    # The whole of it.
+
+    def fork(self, name: str) -> Opened:
+        """Another session of the same chunks."""
+        return self.call(lambda: self.connection.fork(self._session_id, self.chunks, name, self.epoch))
+
+    def cut(self, chunks: int, tail: int, needed: int) -> list[tuple[int, int, Tensor, Tensor]]:
+        """Takes back the chunks from `chunks` on, and starts an epoch. Nothing is changed if this raises.
+
+        Returns, as all_layers, what the window lacks of chunks tail .. needed-1, which it will hold: needed is one more
+        than chunks if a chunk is opened again.
+        """
+        generation = self._generation
+        try:
+            if generation != self.connection.generation:
+                self._recover(needed)
+            missing = self.all_layers(tail, min(needed, self._held.window.tail_first // self.geometry.chunk_tokens))
+            self.give_up(chunks)
+        except errors.KvdError:
+            self._generation = generation
+            raise
+        return missing
+
+    def give_up(self, chunks: int) -> None:
+        """Takes back the chunks from `chunks` on, whatever they hold."""
+        self.call(lambda: self._truncate(chunks))
+        self.chunks = chunks
+        self.durable_chunks = min(self.durable_chunks, chunks)
+
+    def close(self) -> None:
+        self.call(lambda: self.connection.close(self._session_id))
+
+    def delete(self) -> None:
+        self.call(lambda: self.connection.delete(self._session_id))
+
+    # A daemon that was replaced.
+
+    def call(self, call: Callable[[], Answer]) -> Answer:
+        """Makes a call; if the daemon was replaced, finds or makes the session there first. Raises: SessionLost."""
+        for _ in range(RECOVERIES_MAX):
+            if self._generation != self.connection.generation:
+                self._recover()
+            try:
+                return call()
+            except (errors.SessionNotFound, errors.KeyOutOfRange, errors.AppendOutOfOrder):
+                # What a daemon says that forgot something; or our own caller's mistake.
+                if self._generation == self.connection.generation and not self.connection.notice_replacement():
+                    raise
+        raise errors.Unavailable(f"the daemon was replaced {RECOVERIES_MAX} times during one call: look at its log")
+
+    def _recover(self, needed: int | None = None) -> None:
+        """needed: chunks that must be there again, if not all: the others are about to be taken back."""
+        # Kept only at the end: if this is cut short, or the daemon is replaced again, the next call comes back here.
+        generation = self.connection.generation
+        chunk_tokens = self.geometry.chunk_tokens
+        end = self.chunks if needed is None else needed
+        if not self.name and (end or needed is None):
+            raise errors.SessionLost("", [(0, self.tokens)])
+        opened = self.connection.open(self.name, self.geometry, tenant=self.tenant, ttl_s=self.ttl_s)
+        if opened.epoch != self.epoch and not opened.created and needed is None:
+            raise errors.StaleEpoch(
+                f"session {self.name!r} is at epoch {opened.epoch}, not {self.epoch}: somebody else took tokens back; "
+                "open it again"
+            )
+        self._session_id, self.epoch = opened.session_id, opened.epoch
+        # Chunks may be durable whose summaries are not: no flush of ours returned since they were put.
+        unsure = self.durable_chunks
+        self.durable_chunks = opened.durable_chunk_count
+        lost = [
+            chunk
+            for chunk in range(opened.chunk_count, end)
+            if not self._held.window.holds(chunk * chunk_tokens, (chunk + 1) * chunk_tokens)
+        ]
+        if lost:
+            raise errors.SessionLost(self.name, token_ranges(lost, chunk_tokens))
+        logger.warning(
+            "session %r found again with %d of %d chunks; the others are appended again",
+            self.name,
+            opened.chunk_count,
+            self.chunks,
+        )
+        for chunk in range(opened.chunk_count, end):
+            self._append(chunk, chunk + 1)
+        unsure = min(unsure, opened.chunk_count)
+        if unsure < end:
+            self._put_routing(unsure, end)
+        self._held.routing.doubt_basis(unsure)
+        self._held.stats.recoveries += 1
+        self._generation = generation
+
+    # One call, as it is made again.
+
+    def _append(self, first: int, end: int) -> None:
+        """Builds the payload of chunks first .. end-1 from the window, and appends it."""
+        started = time.perf_counter()
+        geometry, held = self.geometry, self._held
+        payload = self.connection.append_buffer((end - first) * geometry.chunk_bytes)
+        shape = (
+            end - first,
+            geometry.layers,
+            geometry.kv_heads,
+            geometry.groups_per_chunk,
+            2,
+            geometry.group_tokens,
+            geometry.head_dim,
+        )
+        landing = torch.from_numpy(payload).view(held.dtype).view(shape)
+        # On the CPU extents are built where the daemon reads them; on a GPU beside the model, and then copied once.
+        extents = landing if held.device.type == "cpu" else torch.empty(shape, dtype=held.dtype, device=held.device)
+        span = (first * geometry.chunk_tokens, end * geometry.chunk_tokens)
+        tokens = held.window.span(*span)
+        # [layers, K and V, kv_heads, chunks, groups, group_tokens, head_dim]
+        blocks = (end - first, geometry.groups_per_chunk, geometry.group_tokens)
+        apart = tokens.view(*tokens.shape[:3], *blocks, geometry.head_dim)
+        extents.copy_(apart.permute(3, 0, 2, 4, 1, 5, 6))
+        entries = held.routing.make(first, extents[:, :, :, :, 0])
+        if extents is not landing:
+            landing.copy_(extents)
+        ids = held.ids.span(*span)
+        self.connection.append(self._session_id, first, end - first, payload, ids, epoch=self.epoch)
+        held.routing.put(first, entries)
+        held.stats.append_s += time.perf_counter() - started
+
+    def _put_routing(self, first: int, end: int) -> None:
+        end = min(end, self._held.routing.count or 0)
+        if end <= first:
+            return
+        payload = self._held.routing.packed(first, end)
+        try:
+            self.connection.put_summaries(
+                self._session_id, self._held.routing.kind, first, end - first, payload, epoch=self.epoch
+            )
+        except errors.LimitExceeded as error:
+            # They are in memory here; only a later resume has to compute them again.
+            logger.warning("summaries of chunks %d to %d are not stored: %s", first, end - 1, error)
+
+    def _flush_everything(self) -> int:
+        durable = self.connection.flush(self._session_id)
+        if durable < self.chunks:
+            # A daemon replaced between two calls may have forgotten chunks that no call has missed yet.
+            raise errors.SessionNotFound(f"the daemon holds {durable} of the {self.chunks} chunks appended to it")
+        return durable
+
+    def _truncate(self, chunks: int) -> None:
+        try:
+            self.epoch = self.connection.truncate(self._session_id, chunks, self.epoch)
+        except errors.WriteFailed as error:
+            # It is done, and a flush will say again what is wrong with the device.
+            self.epoch += 1
+            logger.warning("chunks from %d on may come back when the daemon is restarted: %s", chunks, error)
