@@ -31,6 +31,7 @@ import typer
 from demo import BUILD, daemon
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
+from hga_kvd_client.lane import Watch
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from raw_io import fio_speed
@@ -109,7 +110,7 @@ def microseconds(call: Callable[[], object], count: int) -> list[float]:
 def _echo(memory: Any, bells: tuple[int, int, int], count: int) -> None:
     words = memoryview(memory)
     mine = words[layout.COMPLETIONS_POSTED :][:8].cast("Q")
-    watch = layout.Watch(words, layout.REQUESTS_POSTED, bells[0], bells[2])
+    watch = Watch(words, layout.REQUESTS_POSTED, bells[0], bells[2])
     for number in range(count):
         watch.wait(number)
         mine[0] = number + 1
@@ -124,7 +125,7 @@ def bare_ring(count: int) -> list[float]:
     echo.start()
     words = memoryview(memory)
     mine = words[layout.REQUESTS_POSTED :][:8].cast("Q")
-    watch = layout.Watch(words, layout.COMPLETIONS_POSTED, bells[1], bells[2])
+    watch = Watch(words, layout.COMPLETIONS_POSTED, bells[1], bells[2])
     done = 0
 
     def trip() -> None:

@@ -9,12 +9,19 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 from collections.abc import Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 from hga_kvd_proto import lane as layout
 
 from hga_kvd_client.errors import DeadlineExceeded, Unavailable
+
+# Rings that a wait hears without sleeping are read now and then. A bell holds about 270 of them, and a full one costs the
+# daemon an exception a ring.
+RINGS_UNREAD_MAX = 64
+RINGS_READ_BYTES = 4096
 
 
 class LaneClosed(Exception):
@@ -40,7 +47,7 @@ class Lane:
         memory, *self._bells = descriptors
         try:
             self._memory = memoryview(mmap.mmap(memory, layout.LANE_BYTES))
-            self._watch = layout.Watch(self._memory, layout.COMPLETIONS_POSTED, self._bells[1], handover)
+            self._watch = Watch(self._memory, layout.COMPLETIONS_POSTED, self._bells[1], handover)
         except BaseException:
             self.close()
             raise
@@ -99,3 +106,59 @@ class Lane:
         for bell in self._bells:
             os.close(bell)
         self._bells = []
+
+
+class Watch:
+    """The wait for a counter that the other side moves before it rings. alarmed: whether the alarm has gone off."""
+
+    def __init__(self, memory: memoryview, counter: int, bell: int, alarm: int) -> None:
+        """counter: its place in memory. bell: read here, never blocking. alarm: a descriptor that is readable, or hung
+        up, once waiting is over."""
+        os.set_blocking(bell, False)
+        self._counter = memory[counter : counter + 8].cast("Q")
+        self._bell, self._alarm = bell, alarm
+        self._epoll = select.epoll()
+        self._epoll.register(bell, select.EPOLLIN)
+        self._epoll.register(alarm, select.EPOLLIN)
+        self.alarmed = False
+        self._quick = True  # whether the last wait ended within SPIN_S
+        self._unread = 0
+
+    def wait(self, seen: int, timeout_s: float | None = None) -> int:
+        """The counter, once it is not `seen`. Returns `seen` when the alarm went off, or after timeout_s.
+
+        A wait that follows a quick one spins first: traffic that comes slowly costs no processor. Spinning yields: the
+        other side may need this very core to move the counter.
+        """
+        counter, yields = self._counter, os.sched_yield
+        now = started = perf_counter()
+        if self._quick:
+            while now - started < layout.SPIN_S:
+                if counter[0] != seen:
+                    self._unread += 1
+                    if self._unread >= RINGS_UNREAD_MAX:
+                        self._read_rings()
+                    return counter[0]
+                yields()
+                now = perf_counter()
+        while True:
+            self._read_rings()  # whoever rings from here on wakes the poll
+            if (posted := counter[0]) != seen:
+                break
+            left = None if timeout_s is None else started + timeout_s - perf_counter()
+            if left is not None and left <= 0:
+                return seen
+            if any(descriptor == self._alarm for descriptor, _ in self._epoll.poll(left)):
+                self.alarmed = True
+                return counter[0]
+        self._quick = perf_counter() - started < 2 * layout.SPIN_S
+        return posted
+
+    def _read_rings(self) -> None:
+        self._unread = 0
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._bell, RINGS_READ_BYTES)
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._counter.release()

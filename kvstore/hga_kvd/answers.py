@@ -101,3 +101,9 @@ class Counters:
     scrubbed_bytes: int = 0
     scrub_damaged_records: int = 0
     scrub_dropped_records: int = 0
+
+    def count_hits(self, records: int, size: int) -> None:
+        """A fetch, and what of it RAM had."""
+        self.fetches += 1
+        self.fetched_ram_records += records
+        self.fetched_ram_bytes += size

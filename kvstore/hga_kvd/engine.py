@@ -23,7 +23,7 @@ import numpy.typing as npt
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from hga_kvd import chains, sessions
+from hga_kvd import chains, hits, sessions
 from hga_kvd.answers import EngineStats, Fetched, SessionInfo, Verified
 from hga_kvd.append import AppendPath
 from hga_kvd.background import Background
@@ -31,7 +31,7 @@ from hga_kvd.config import Settings
 from hga_kvd.disk import Disk
 from hga_kvd.errors import InvalidRequest, KvdError, NotDurable, SessionNotFound, StartRefused
 from hga_kvd.fetch import FetchPath
-from hga_kvd.geometry import Geometry, Keys
+from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 from hga_kvd.index import Session
 from hga_kvd.integrity import Integrity
 from hga_kvd.parts import Parts
@@ -324,6 +324,14 @@ class Engine:
         fetched = self._fetch_path.fetch(session_id, keys, destination, epoch, self._clock(), overdue)
         self._prefetcher.fetched(session_id, keys)
         return fetched
+
+    def fetch_few(self, session_id: int, packed_keys: bytes, into: memoryview, epoch: int = 0) -> int:
+        """As `fetch`, in one turn of the lock, if RAM has all records and there is room for them: how many. 0: nothing was
+        done. packed_keys: of KEY_DTYPE."""
+        count = hits.fetch_few(self._parts, session_id, packed_keys, into, epoch, self._clock())
+        if count:
+            self._prefetcher.fetched(session_id, np.frombuffer(packed_keys, KEY_DTYPE))
+        return count
 
     def prefetch(self, session_id: int, epoch: int, keys: Keys) -> None:
         """Brings these records into RAM, as far as its policy takes them, behind all fetches; returns at once. Takes the

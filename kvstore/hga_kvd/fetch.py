@@ -67,9 +67,9 @@ class FetchPath:
             if (
                 count <= hits.FEW_KEYS
                 and len(destination) <= hits.FEW_BYTES
-                and hits.copy_few(session, pool, self._residency.memory, keys, destination)
+                and hits.copy_few(session, pool, self._residency.memory, keys.tolist(), destination.data)
             ):
-                _count_hits(counters, count, len(destination))
+                counters.count_hits(count, len(destination))
                 return Fetched(None, count, 0)
             try:  # numpy checks every index anyway; only a refusal looks for the one to blame
                 rows, layers, records = locate(session, keys)
@@ -103,7 +103,7 @@ class FetchPath:
                 if missing is not None:
                     self.reading -= foreground
                     misses.end(self._residency, self._segments, pool, missing, keep)
-                _count_hits(counters, len(found), len(found) * slots.record_bytes)
+                counters.count_hits(len(found), len(found) * slots.record_bytes)
         if missing is None:
             return Fetched(None, count, 0)
         assert bad is not None
@@ -148,9 +148,3 @@ class FetchPath:
             marked = mark_damaged(session, keys[missing.items.positions[bad]], self._parts.counters)
         log_damaged(self._parts.log, session, marked)
         return Fetched(statuses if not_ok else None, ram_records, read)
-
-
-def _count_hits(counters: Counters, records: int, record_bytes: int) -> None:
-    counters.fetches += 1
-    counters.fetched_ram_records += records
-    counters.fetched_ram_bytes += record_bytes

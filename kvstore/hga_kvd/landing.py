@@ -44,6 +44,11 @@ class Region:
     huge_pages: bool
     lent: list[tuple[int, int]] = field(default_factory=list)  # [start, end) of ranges on loan
 
+    view: memoryview = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.view = self.memory.data
+
     @property
     def bytes(self) -> int:
         return self.memory.size
@@ -73,8 +78,8 @@ class Landing:
         self._clients_max = clients_max
         self._regions: dict[int, Region] = {}
         self._reserved = 0  # regions being made
-        self._lock = threading.Lock()
-        self._returned = threading.Condition(self._lock)
+        self.lock = threading.Lock()
+        self._returned = threading.Condition(self.lock)
         self._waiting = 0  # calls that wait for a range
 
     def __len__(self) -> int:
@@ -96,7 +101,7 @@ class Landing:
                 f"a region of {size} bytes is more than this daemon gives one client, {self._region_bytes_max} bytes; "
                 "ask for less, or raise region_bytes_max"
             )
-        with self._lock:
+        with self.lock:
             if len(self._regions) + self._reserved >= self._clients_max:
                 raise LimitExceeded(
                     f"{self._clients_max} clients are attached, which is the limit; end one, or raise clients_max"
@@ -107,7 +112,7 @@ class Landing:
             memory, descriptor, huge_pages = _allocate(size)
             region = Region(secrets.randbits(63) | 1, memory, huge_pages)
         finally:
-            with self._lock:
+            with self.lock:
                 self._reserved -= 1
                 if region is not None:
                     self._regions[region.client_id] = region
@@ -121,9 +126,18 @@ class Landing:
         """
         return Loan(self, client_id, offset, size)
 
+    def unlent(self, client_id: int, offset: int, size: int) -> memoryview | None:
+        """These bytes, as far as the region has them, if nothing of the region is on loan; None: `borrow` will say why
+        not, or wait. `lock` must be held, and nothing is lent while it is.
+        """
+        region = self._regions.get(client_id)
+        if region is None or region.lent or offset % RANGE_ALIGNMENT_BYTES:
+            return None
+        return region.view[offset : offset + size]
+
     def lend(self, client_id: int, offset: int, size: int) -> tuple[Region, tuple[int, int]]:
         """As `borrow`; the loan must be taken back."""
-        with self._lock:
+        with self.lock:
             region = self._get(client_id)
             if offset % RANGE_ALIGNMENT_BYTES:
                 raise InvalidRequest(f"shared.offset {offset} is not a multiple of {RANGE_ALIGNMENT_BYTES}")
@@ -143,14 +157,14 @@ class Landing:
         return region, loan
 
     def take_back(self, region: Region, loan: tuple[int, int]) -> None:
-        with self._lock:
+        with self.lock:
             region.lent.remove(loan)
             if self._waiting:
                 self._returned.notify_all()
 
     def release(self, client_id: int) -> None:
         """Forgets a client. Calls that hold a range of its region finish undisturbed."""
-        with self._lock:
+        with self.lock:
             self._regions.pop(client_id, None)
             self._returned.notify_all()
 

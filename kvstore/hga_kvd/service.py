@@ -36,7 +36,7 @@ from hga_kvd.engine import Engine
 from hga_kvd.geometry import Geometry
 from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing, NotAttached
-from hga_kvd.lane import Lanes
+from hga_kvd.lanes import Lanes
 from hga_kvd.memory import aligned_buffer
 from hga_kvd.refusals import ERROR_KEY, GivenUp, SharingRefused, refusal
 

@@ -7,20 +7,16 @@ docs/fastlane.md is the contract. What is always true:
   aligned 8-byte words, which is what `memoryview.cast("Q")` does. Elsewhere it is not: there is no lane there.
 - The doorbell is rung every time, also when the other side is awake. So nobody has to publish that it sleeps, which
   would need a fence that Python does not have: a store followed by a load is what even x86-64 reorders.
-- A doorbell is never read: an edge of epoll is all that is used of it. So no value that the other side writes there
-  can make a wait block or return for ever.
+- No ring of the daemon's can block, whatever the client does to the descriptors: one thread answers many clients. Hence
+  the completion bell is a socket, written with MSG_DONTWAIT; one that is full has rung.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-import select
 import struct
-from collections.abc import Callable
-from time import perf_counter
 
-VERSION = 1
+VERSION = 2
 
 FETCH, APPEND, PREFETCH = 1, 2, 3
 
@@ -70,46 +66,3 @@ def request_at(sequence: int) -> int:
 
 def completion_at(sequence: int) -> int:
     return _COMPLETIONS_AT + sequence % SLOT_COUNT * _COMPLETION_BYTES
-
-
-class Watch:
-    """One side's wait for the other's counter. alarmed: whether the alarm has gone off."""
-
-    def __init__(self, memory: memoryview, counter: int, doorbell: int, alarm: int) -> None:
-        """counter: its place in memory. alarm: a descriptor that is readable, or hung up, once waiting is over."""
-        self._counter = memory[counter : counter + 8].cast("Q")
-        self._alarm = alarm
-        self._epoll = select.epoll()
-        self._epoll.register(doorbell, select.EPOLLIN | select.EPOLLET)
-        self._epoll.register(alarm, select.EPOLLIN)
-        self.alarmed = False
-        self._quick = True  # whether the last wait ended within SPIN_S
-
-    def wait(self, seen: int, timeout_s: float | None = None) -> int:
-        """The counter, once it is not `seen`. Returns `seen` when the alarm went off, or after timeout_s.
-
-        A wait that follows a quick one spins first: traffic that comes slowly costs no processor. Spinning yields: the
-        other side may need this very core to move the counter.
-        """
-        counter, yields = self._counter, os.sched_yield
-        now = started = perf_counter()
-        if self._quick:
-            while now - started < SPIN_S:
-                if counter[0] != seen:
-                    return counter[0]
-                yields()
-                now = perf_counter()
-        blocks: Callable[[float | None], list[tuple[int, int]]] = self._epoll.poll
-        while (posted := counter[0]) == seen:
-            left = None if timeout_s is None else started + timeout_s - perf_counter()
-            if left is not None and left <= 0:
-                return seen
-            if any(descriptor == self._alarm for descriptor, _ in blocks(left)):
-                self.alarmed = True
-                return counter[0]
-        self._quick = perf_counter() - started < 2 * SPIN_S
-        return posted
-
-    def close(self) -> None:
-        self._epoll.close()
-        self._counter.release()

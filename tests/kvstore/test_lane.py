@@ -1,15 +1,16 @@
 """The fast lane over a real engine in this process: honest clients, dead ones, and ones that write what they like."""
 
 import os
+import socket
 import threading
 import time
 
 import numpy as np
 import pytest
 from hga_kvd.engine import Engine
-from hga_kvd.lane import Lanes
+from hga_kvd.lanes import Lanes
 from hga_kvd_client.errors import DeadlineExceeded, Unavailable
-from hga_kvd_client.lane import Lane, LaneClosed
+from hga_kvd_client.lane import Lane, LaneClosed, Watch
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2
 from test_service import CODE, Running
@@ -138,24 +139,28 @@ def test_lies_in_a_header_are_refused_and_the_lane_goes_on(kvd, lane):
     assert lane.memory[: payload.size].tobytes() == records_of(payload, all_keys(1)).tobytes()
 
 
-def test_a_request_is_read_once(kvd, lane, monkeypatch):
+@pytest.mark.parametrize(("count", "hook"), [(4, "fetch_few"), (20, "fetch")])
+def test_a_request_is_read_once(kvd, lane, monkeypatch, count, hook):
     """What the client writes after the daemon has looked changes nothing: neither keys nor range."""
     session_id, payload = filled(kvd)
-    keys = all_keys(3)[:4]
-    record_bytes = kvd.engine.record_bytes
+    keys = all_keys(3)[:count]
+    honest = getattr(kvd.service.calls, hook)
+    changed = []
 
-    def treacherous(session):
+    def treacherous(*arguments):
         at = layout.request_at(0)
-        evil = all_keys(3)[8:12].tobytes()
+        evil = all_keys(3)[40 : 40 + count].tobytes()
         lane.lane[at + layout.HEADER_BYTES :][: len(evil)] = evil
         layout.REQUEST.pack_into(lane.lane, at, 0, layout.FETCH, 8 * 4000, 99, 0, 1 << 40, 1 << 40, 0, 0, 0)
-        return record_bytes(session)
+        changed.append(hook)
+        return honest(*arguments)
 
-    monkeypatch.setattr(kvd.engine, "record_bytes", treacherous)
+    monkeypatch.setattr(kvd.service.calls, hook, treacherous)
     fetch(lane, session_id, keys)
-    assert lane.completion() == (0, b"", (0, 4, 0))
-    assert lane.memory[: 4 * RECORD].tobytes() == records_of(payload, keys).tobytes()
-    assert not lane.memory[4 * RECORD :].any()
+    assert lane.completion() == (0, b"", (0, count, 0))
+    assert changed == [hook]
+    assert lane.memory[: count * RECORD].tobytes() == records_of(payload, keys).tobytes()
+    assert not lane.memory[count * RECORD :].any()
 
 
 @pytest.mark.parametrize("posted", [layout.SLOT_COUNT + 1, layout.CLOSED, 1 << 63])
@@ -211,22 +216,95 @@ def test_noise_in_the_lane_harms_nobody_else(kvd, lane, seed):
     other.close()
 
 
-def test_a_doorbell_that_is_full_and_blocks_holds_nobody(kvd):
-    """The daemon's answer then blocks in its own thread; the client's end sets it free."""
+@pytest.mark.parametrize("harm", ["never reads", "shuts", "closes"])
+def test_a_bell_that_cannot_be_rung_holds_nobody(kvd, harm):
+    """One thread answers both: it must neither block on the bell of one, nor end by it."""
     session_id, _ = filled(kvd, 1)
-    mallory = LaneClient(kvd.stub, kvd.path)
-    os.eventfd_write(mallory.completion_bell, 2**64 - 2)
-    os.set_blocking(mallory.completion_bell, True)
+    mallory, honest = LaneClient(kvd.stub, kvd.path), LaneClient(kvd.stub, kvd.path)
+    bell = socket.socket(fileno=os.dup(mallory.completion_bell))
+    bell.setblocking(True)
     os.set_blocking(mallory.request_bell, True)
-    fetch(mallory, session_id, all_keys(1))
-    wait_for(lambda: mallory.completed_word[0] == 1)
-    assert lane_threads()
-    honest = LaneClient(kvd.stub, kvd.path)
-    fetch(honest, session_id, all_keys(1))
+    if harm == "shuts":
+        bell.shutdown(socket.SHUT_RDWR)
+    if harm == "closes":
+        bell.close()
+        os.close(mallory.completion_bell)
+    for _ in range(600):  # a socket holds about 270 rings
+        fetch(mallory, session_id, all_keys(1)[:1])
+        assert mallory.completion()[0] == 0
+    fetch(honest, session_id, all_keys(1)[:1])
     assert honest.completion()[0] == 0
-    mallory.socket.close()  # and keeps the doorbells
+    mallory.socket.close()  # and keeps the bells
+    bell.close()
     honest.close()
     wait_for(lambda: not lane_threads())
+
+
+def test_a_slow_call_holds_nobody(kvd, monkeypatch):
+    """While one client's call takes its time the others are answered, small and large; then its next one is."""
+    session_id, _ = filled(kvd, 1)
+    slow, others = LaneClient(kvd.stub, kvd.path), [LaneClient(kvd.stub, kvd.path) for _ in range(3)]
+    begun, go_on = threading.Event(), threading.Event()
+    prefetch = Engine.prefetch
+
+    def waits(self, *arguments):
+        begun.set()
+        assert go_on.wait(10)
+        return prefetch(self, *arguments)
+
+    monkeypatch.setattr(Engine, "prefetch", waits)
+    slow.post(layout.PREFETCH, all_keys(1).tobytes(), session_id=session_id)
+    fetch(slow, session_id, all_keys(1)[:1])  # waits its turn
+    assert begun.wait(5)
+    for count in (1, 20):
+        for other in others:
+            fetch(other, session_id, all_keys(1)[:count])
+            assert other.completion()[0] == 0
+    assert slow.completed_word[0] == 0
+    go_on.set()
+    assert slow.completion()[0] == 0
+    for client in (slow, *others):
+        client.close()
+    wait_for(lambda: not lane_threads())
+
+
+def test_a_range_on_loan_is_waited_for(kvd, lane):
+    """Also by a fetch that RAM could answer at once."""
+    session_id, payload = filled(kvd, 1)
+    keys = all_keys(1)[:2]
+    with kvd.landing.borrow(lane.client_id, 0, 4096):
+        fetch(lane, session_id, keys)
+        time.sleep(0.02)
+        assert lane.completed_word[0] == 0
+        assert not lane.memory.any()
+    assert lane.completion()[0] == 0
+    assert lane.memory[: 2 * RECORD].tobytes() == records_of(payload, keys).tobytes()
+
+
+def test_a_lane_is_one_client_even_if_it_posts_without_a_pause(kvd):
+    """Requests of several clients are answered in turns: one that always has eight posted is not first."""
+    session_id, _ = filled(kvd, 1)
+    order = []
+    clients = [LaneClient(kvd.stub, kvd.path) for _ in range(2)]
+    names = {client.client_id: number for number, client in enumerate(clients)}
+    fetch_few = kvd.service.calls.fetch_few
+
+    def notes(session, keys, place, epoch):
+        if not order:
+            time.sleep(0.05)  # meanwhile all is posted
+        order.append(names[place.client_id])
+        return fetch_few(session, keys, place, epoch)
+
+    kvd.service.calls.fetch_few = notes
+    for _ in range(layout.SLOT_COUNT):
+        fetch(clients[0], session_id, all_keys(1)[:1])
+    for _ in range(3):
+        fetch(clients[1], session_id, all_keys(1)[:1])
+    for client in clients:
+        client.completion()
+    assert order[:6] in ([0, 1, 0, 1, 0, 1], [0, 0, 1, 0, 1, 0])
+    for client in clients:
+        client.close()
 
 
 def test_a_stolen_ring_is_made_up_by_the_next(kvd, lane):
@@ -270,6 +348,7 @@ def test_a_client_that_dies_in_mid_call(kvd, monkeypatch):
         return engine_fetch(self, *arguments)
 
     monkeypatch.setattr(Engine, "fetch", slow)
+    monkeypatch.setattr(Engine, "fetch_few", lambda *_: 0)
     client = LaneClient(kvd.stub, kvd.path)
     fetch(client, session_id, all_keys(1))
     assert halfway.wait(5)
@@ -306,8 +385,7 @@ def raw(kvd):
     """A client's Lane on a lane whose other end is this test."""
     lanes = Lanes(kvd.service.calls, 1, kvd.service.log)
     memory, *bells = lanes.open(5)
-    lanes._lanes[5].stop()
-    lanes._lanes[5].thread.join(5)
+    lanes.shutdown(5)
     words = memoryview(layout_map(memory))
     words[layout.COMPLETIONS_POSTED :][:8].cast("Q")[0] = 0
     alarm = os.eventfd(0)
@@ -333,7 +411,6 @@ def test_a_call_that_was_given_up_is_passed_over(raw):
     def answer_late():
         time.sleep(0.05)
         completed[0] = 2
-        os.eventfd_write(lane._bells[1], 1)
 
     thread = threading.Thread(target=answer_late)
     thread.start()
@@ -360,7 +437,7 @@ def test_a_full_ring_a_closed_lane_and_a_dead_daemon(raw):
 def test_a_slow_wait_does_not_spin_again():
     memory = memoryview(bytearray(layout.LANE_BYTES))
     bell, alarm = os.eventfd(0), os.eventfd(0)
-    watch = layout.Watch(memory, 0, bell, alarm)
+    watch = Watch(memory, 0, bell, alarm)
     assert watch.wait(0, 0.02) == 0
     watch._quick = False
     before = time.process_time()
