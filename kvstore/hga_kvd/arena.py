@@ -146,9 +146,14 @@ class SlotClass:
     # --- copies, outside the lock, on pinned slots ---
 
     def gather(self, slots: I64, records: I64, destination: U8) -> None:
-        """Records to `destination`, 1-D, len(slots) * record_bytes."""
-        first = self.first_unit[slots] + records * self.units_per_record
-        copy_rows(self.units, first, self.units_per_record, destination.reshape(-1, self.unit))
+        """Records to `destination`, 1-D, len(slots) * record_bytes. Where a slot is 0, it stays as it is."""
+        if slots.all():
+            first = self.first_unit[slots] + records * self.units_per_record
+            copy_rows(self.units, first, self.units_per_record, destination.reshape(-1, self.unit))
+        else:
+            some = np.flatnonzero(slots)
+            starts, at = self.starts(slots[some], records[some]), some * self.record_bytes
+            copy_records(self.units.reshape(-1).data, starts, destination.data, at, self.record_bytes)
 
     def starts(self, slots: I64, records: I64) -> I64:
         """Where these records lie in the region, bytes."""

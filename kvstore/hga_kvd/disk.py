@@ -11,6 +11,7 @@ Promises every implementation keeps, and the simulated one breaks on purpose:
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Protocol
 
 import numpy as np
@@ -49,6 +50,14 @@ class Disk(Protocol):
         """Reads lengths[i] bytes at offsets[i] of file handles[i] into memory at addresses[i]. Returns 0 or -errno each.
 
         A read past the end of the file fails with -ENODATA.
+        """
+
+    def stream(self, handles: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Generator[I32, None, None]:
+        """Reads, as `read`, at most 1 GiB a row, and yields the results in order while later rows are under way: at least
+        `step` at a time, but for the last. A short read has failed: with -EAGAIN, unless `read` would fail too.
+
+        Closed early, it starts no more reads and waits for what has begun: close it before the memory is used again. For
+        one thread, which makes no other call of the disk meanwhile.
         """
 
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:

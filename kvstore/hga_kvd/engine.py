@@ -106,7 +106,6 @@ class Engine:
         """Makes all named sessions durable and closes the disk. Raises: WriteFailed, StorageFull."""
         self._background.stop()
         self._prefetcher.close()
-        self._fetch_path.close()
         if self._writeout is None or self._disk is None:
             return
         try:

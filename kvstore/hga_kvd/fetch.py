@@ -1,33 +1,35 @@
 """The read path: records of one session into the caller's memory.
 
 The order of a fetch: under the lock, which records RAM has and where on disk the others are, slots and segments pinned;
-under no lock, one copy of the hits and the reads of the misses; then what could not be had is judged, record by record.
+under no lock, the reads of the misses into slots and the copies out of all slots; then what could not be had is judged,
+record by record. A record that another call is reading is not read twice: it is waited for, after this call's own reads
+have ended, so two calls never wait for each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
 from hga_kvd import hits, misses
 from hga_kvd.answers import STATUS_DAMAGED, STATUS_LATE, Counters, Fetched
-from hga_kvd.arena import VALID, copy_records
+from hga_kvd.arena import FILLING, VALID
 from hga_kvd.damage import log_damaged, mark_damaged
 from hga_kvd.errors import LimitExceeded
 from hga_kvd.geometry import KEY_DTYPE, Keys
 from hga_kvd.index import Session
 from hga_kvd.misses import Misses
 from hga_kvd.parts import Parts
-from hga_kvd.residency import locate, out_of_range
+from hga_kvd.residency import Pool, locate, out_of_range
 
 U8 = npt.NDArray[np.uint8]
+I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-# Read parts of large fetches beside the calling threads; they share the queue depth of the disk.
-READER_THREADS = 2
+# How often a fetch with a deadline looks at the clock while it waits for another one's reads.
+WAIT_S = 0.0005
 
 
 class FetchPath:
@@ -37,10 +39,6 @@ class FetchPath:
         self._residency = parts.residency
         self._lock = parts.residency.lock
         self._segments = parts.segments
-        self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="read")  # started when first used
-
-    def close(self) -> None:
-        self._readers.shutdown()
 
     def fetch(
         self,
@@ -73,29 +71,31 @@ class FetchPath:
                 return Fetched(None, count, 0)
             try:  # numpy checks every index anyway; only a refusal looks for the one to blame
                 rows, layers, records = locate(session, keys)
-                slot_of = pool.table.slot[rows, layers]
-                hit = slots.state[slot_of, records] == VALID
+                sources = pool.table.slot[rows, layers]
+                state = slots.state[sources, records]
             except IndexError:
                 raise out_of_range(session, keys) from None
+            hit = state == VALID
             all_hit = np.count_nonzero(hit) == count
-            found = slot_of if all_hit else slot_of[hit]
+            found = sources if all_hit else sources[hit]
             slots.pin(found)
             pool.policy.touch(found)
             missing = None
             if not all_hit:
-                absent = np.flatnonzero(~hit)
-                missing = misses.plan(self._residency, self._segments, pool, rows, layers, records, missing=absent)
+                filling = state == FILLING
+                awaited = np.flatnonzero(filling)
+                awaited_slots = sources[awaited]
+                sources[~hit] = 0
+                absent = np.flatnonzero(~(hit | filling))
+                missing = misses.plan(self._residency, self._segments, pool, rows, layers, records, sources, absent)
                 self.reading += foreground
         bad = keep = late = None
         try:
             if missing is None:
                 slots.gather(found, records, destination)
             else:
-                at = np.flatnonzero(hit) * slots.record_bytes
-                starts = slots.starts(found, records[hit])
-                copy_records(self._residency.memory, starts, destination.data, at, slots.record_bytes)
                 bad, keep, late = misses.bring(
-                    self._parts.disk, self._readers, self._residency, pool, missing, destination, overdue
+                    self._parts.disk, self._residency, pool, missing, records, destination, overdue
                 )
         finally:
             with self._lock:
@@ -108,7 +108,31 @@ class FetchPath:
             return Fetched(None, count, 0)
         assert bad is not None
         assert late is not None
-        return self._judge(session, epoch, keys, missing, bad, late, len(found), counters)
+        fetched = self._judge(session, epoch, keys, missing, bad, late, len(found) + len(awaited), counters)
+        if not len(awaited):
+            return fetched
+        statuses = np.zeros(count, np.uint8) if fetched.statuses is None else fetched.statuses
+        if not self._wait_for_others(pool, awaited_slots, records[awaited], overdue):
+            statuses[awaited] = STATUS_LATE
+            return Fetched(statuses, len(found), fetched.nvme_records)
+        own = np.empty((len(awaited), slots.record_bytes), np.uint8)
+        others = self.fetch(session_id, keys[awaited], own.reshape(-1), epoch, now, overdue, background)
+        destination.reshape(count, -1)[awaited] = own
+        if others.statuses is not None:
+            statuses[awaited] = others.statuses
+        return Fetched(
+            statuses if statuses.any() else None,
+            len(found) + others.ram_records,
+            fetched.nvme_records + others.nvme_records,
+        )
+
+    def _wait_for_others(self, pool: Pool, slots: I64, records: I64, overdue: Callable[[], bool] | None) -> bool:
+        """Waits until the calls that read these records have ended. False: the deadline came first."""
+        with self._lock:
+            while not self._residency.wait_for_fills(pool, slots, records, WAIT_S if overdue else None):
+                if overdue is not None and overdue():
+                    return False
+        return True
 
     def _check_size(self, count: int, record_bytes: int) -> None:
         settings = self._parts.settings

@@ -17,7 +17,7 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from structlog.typing import FilteringBoundLogger
 from hga_kvd.config import Settings
 from hga_kvd.disk import I32, I64, U64
 from hga_kvd.errors import StartRefused
-from hga_kvd.io_engine import EngineUnavailable, IoEngine, transfer_all
+from hga_kvd.io_engine import EngineUnavailable, IoEngine, transfer_all, whole_or_failed
 from hga_kvd.liburing_engine import LiburingEngine
 from hga_kvd.memory import address_of, aligned_buffer
 from hga_kvd.posix_engine import PosixEngine
@@ -98,6 +98,12 @@ class FileDisk:
     def read(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         return self._transfer(False, handles, offsets, addresses, lengths)
 
+    def stream(self, handles: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Generator[I32, None, None]:
+        fds, first = self._checked(handles, offsets, addresses, lengths), 0
+        for moved in self._io.stream(fds, offsets, addresses, lengths, step):
+            yield whole_or_failed(moved, lengths[first : first + len(moved)])
+            first += len(moved)
+
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         return self._transfer(True, handles, offsets, addresses, lengths)
 
@@ -155,11 +161,16 @@ class FileDisk:
         self._directory = self._lock = -1
 
     def _transfer(self, write: bool, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
+        fds = self._checked(handles, offsets, addresses, lengths)
+        return transfer_all(self._io, fds, offsets, addresses, lengths, write=write, alignment=self._alignment)
+
+    def _checked(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
+        """The descriptors of a transfer that may be made."""
         bits = np.bitwise_or.reduce(offsets | lengths | addresses.view(np.int64))
         assert not bits & (self._alignment - 1), f"a transfer that is not aligned to {self._alignment} bytes"
         assert lengths.min(initial=1) > 0, "a transfer of no bytes"
-        fds = self._fds.take(handles, mode="clip")
-        return transfer_all(self._io, fds, offsets, addresses, lengths, write=write, alignment=self._alignment)
+        fds: I32 = self._fds.take(handles, mode="clip")
+        return fds
 
     def _open(self, name: str, flags: int) -> int:
         return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)

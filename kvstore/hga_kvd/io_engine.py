@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections.abc import Generator
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ RETRY_PAUSE_S = 0.001
 _TRANSIENT = (-errno.EAGAIN, -errno.EINTR)
 
 
+Results = Generator[I64, None, None]  # of transfers, a few at a time
+
+
 class EngineUnavailable(Exception):
     """This machine refuses the engine. `errno` is the system's reason (0: ours), the text says it in words."""
 
@@ -31,17 +35,26 @@ class EngineUnavailable(Exception):
         self.errno = number
 
 
-class IoEngine(Protocol):
+class Mover(Protocol):
+    def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
+        """One transfer a row, in any order; each at most TRANSFER_BYTES_MAX. Returns bytes moved, or -errno, each.
+
+        Rows sorted by (fd, offset) are fastest.
+        """
+
+
+class IoEngine(Mover, Protocol):
     """Thread-safe and blocking. Memory is the caller's until `transfer` returns or raises, and never touched after."""
 
     @property
     def name(self) -> str:
         """uring, liburing or posix."""
 
-    def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
-        """One transfer a row, in any order; each at most TRANSFER_BYTES_MAX. Returns bytes moved, or -errno, each.
+    def stream(self, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
+        """Reads, as `transfer`, and yields the results in order while later rows are under way: at least `step` at a
+        time, but for the last. Closed early, it starts no more and waits for what has begun.
 
-        Rows sorted by (fd, offset) are fastest.
+        For one thread, which makes no other call of the engine meanwhile.
         """
 
     def shutdown(self) -> None:
@@ -74,7 +87,7 @@ class Callers:
 
 
 def transfer_all(
-    engine: IoEngine, fds: I32, offsets: I64, addresses: U64, lengths: I64, *, write: bool, alignment: int
+    engine: Mover, fds: I32, offsets: I64, addresses: U64, lengths: I64, *, write: bool, alignment: int
 ) -> I32:
     """Moves every row whole or fails it. Returns 0 or -errno each; a read that ends past the file's end is -ENODATA.
 
@@ -113,3 +126,12 @@ def transfer_all(
         rows, fds = rows[again], fds[again]
         offsets, left = offsets[again] + step[again], left[again] - step[again]
         addresses = addresses[again] + step[again].astype(np.uint64)
+
+
+def whole_or_failed(moved: I64, lengths: I64) -> I32:
+    """Statuses of reads that nobody will go on with: a short one, which may be no fault of the device, is -EAGAIN."""
+    short = moved - lengths
+    if short.any():
+        short[short != 0] = -errno.EAGAIN
+        short[moved < 0] = moved[moved < 0]
+    return short.astype(np.int32)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from hga_kvd.disk import I32, I64, U64
-from hga_kvd.io_engine import Callers, EngineUnavailable
+from hga_kvd.io_engine import Callers, EngineUnavailable, Results
 
 _TRIAL = "import liburing as l; r = l.Ring(); l.io_uring_queue_init(2, r); l.io_uring_queue_exit(r)"
 _TRIAL_S = 30.0
@@ -69,6 +69,9 @@ class LiburingEngine:
             except BaseException:
                 self._thread.submit(int).result()  # an interrupt: this comes after our batch, if that was handed over
                 raise
+
+    def stream(self, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
+        yield self.transfer(False, fds, offsets, addresses, lengths)
 
     def shutdown(self) -> None:
         self._callers.close()

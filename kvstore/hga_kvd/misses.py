@@ -1,13 +1,16 @@
-"""The part of a fetch that goes to disk: which records, in which order, and what of them the arena keeps.
+"""The part of a fetch that goes to disk: which records, in which order, and how they come into the arena and out of it.
+
+Records are read into their slots, verified there, and copied to the caller from there, like those that RAM had: the arena
+is memory of our own, which no client can write to, and physically contiguous, which disks read into fastest. Records that
+get no slot go straight to their place in the destination.
 
 `plan` and `end` run under the residency's lock, `bring` between them under none: everything that the plan names (slots,
-segments) is pinned in the meantime. Bytes become VALID in the arena only after they passed their checksum there.
+segments) is pinned in the meantime. Bytes leave a slot, and become VALID there, only after they passed their checksum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Executor, wait
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +20,8 @@ from hga_kvd.arena import BAD, copy_records
 from hga_kvd.checksum import record_seeds
 from hga_kvd.disk import Disk
 from hga_kvd.index import LOST_ROW, NO_SEGMENT
-from hga_kvd.reads import Items, read, read_again
+from hga_kvd.memory import address_of
+from hga_kvd.reads import Items, can_go_straight, read, read_again, stream
 from hga_kvd.residency import Pool, Residency
 from hga_kvd.segments import Segment, SegmentLog
 
@@ -25,123 +29,166 @@ U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-# What is verified and kept at once, while more is read: 32 records of 32 KiB.
-PART_BYTES = 1 << 20
+# Reads that are verified and copied at once, while others are under way.
+STEP = 16
 # What a fetch with a deadline reads between two looks at the clock: 0.2 ms of a disk of 1.3 GB/s.
 DEADLINE_PART_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, eq=False)
 class Misses:
-    """Item i also goes to a record of the arena where slots[i] is not 0."""
+    """Item i goes to record records[i] of slots[i] or, where that is 0, to its place in the destination.
+
+    Keys that ask for what another key asks for (copies_to) share its item (copies_of).
+    """
 
     items: Items
-    segments: tuple[Segment, ...]  # pinned
     slots: I64
     records: I64
-    pinned_slots: I64
-    copies_to: I64  # keys that ask for the same record as an item does ...
-    copies_of: I64  # ... and which item
+    segments: tuple[Segment, ...]  # pinned
+    pinned: I64  # slots
+    sources: I64  # of each key of the fetch: the slot that its record comes from, or 0
+    copies_to: I64
+    copies_of: I64
     lost: I64  # keys of records that are nowhere
 
 
 def plan(
-    residency: Residency, log: SegmentLog | None, pool: Pool, rows: I64, layers: I64, records: I64, *, missing: I64
+    residency: Residency,
+    log: SegmentLog | None,
+    pool: Pool,
+    rows: I64,
+    layers: I64,
+    records: I64,
+    sources: I64,
+    missing: I64,
 ) -> Misses:
-    """missing: which of the keys (rows[i], layers[i], records[i]) RAM does not have. log: None without a disk."""
+    """missing: which of the keys (rows[i], layers[i], records[i]) are to be read; their sources are 0. log: None without
+    a disk.
+    """
     table, slots = pool.table, pool.slots
-    # Nowhere: recovery could not find the chunk, or only RAM has it and there the record went BAD.
-    nowhere = table.segment[rows[missing]] == NO_SEGMENT
-    lost, missing = missing[nowhere], missing[~nowhere]
-    states = slots.state[table.slot[rows[lost], layers[lost]], records[lost]]
-    assert ((rows[lost] == LOST_ROW) | (states == BAD)).all(), "a dirty chunk without its slots"
-    segment_of = table.segment[rows[missing]]
-    offset = table.offset[rows[missing]] + layers[missing] * slots.stride + records[missing] * slots.record_bytes
-    order = np.lexsort((offset, segment_of))
-    missing, segment_of, offset = missing[order], segment_of[order], offset[order]
-    first = np.ones(len(missing), bool)
-    first[1:] = (np.diff(segment_of) != 0) | (np.diff(offset) != 0)
-    item_of = np.cumsum(first) - 1
-    keys = missing[first]
-    segments, handles = log.pin(segment_of[first]) if log else ((), np.zeros(0, np.int64))
+    row = rows[missing]
+    lost, nowhere = missing[:0], table.segment[row] == NO_SEGMENT
+    if nowhere.any():  # recovery could not find the chunk, or only RAM has it and there the record went BAD
+        lost, missing = missing[nowhere], missing[~nowhere]
+        states = slots.state[table.slot[rows[lost], layers[lost]], records[lost]]
+        assert ((rows[lost] == LOST_ROW) | (states == BAD)).all(), "a dirty chunk without its slots"
+        row = rows[missing]
+    place = (row * pool.geometry.layers + layers[missing]) * slots.records + records[missing]
+    order = np.argsort(place, kind="stable")
+    place = place[order]
+    first = np.ones(len(place), bool)
+    first[1:] = place[1:] != place[:-1]
+    copies_to, copies_of = missing[order[~first]], (np.cumsum(first) - 1)[~first]
+    keys, place = missing[order[first]], place[first]
+    if len(keys) > STEP:
+        turn = _in_turn(keys, place)
+        keys, place = keys[turn], place[turn]
+        copies_of = np.argsort(turn)[copies_of]
+
     row, layer, record = rows[keys], layers[keys], records[keys]
     target, pinned = residency.claim_for_reads(pool, row, layer, record)
+    sources[keys] = target
+    sources[copies_to] = target[copies_of]
+    segments, handles = log.pin(table.segment[row]) if log else ((), keys)
+    offsets = table.offset[row] + layer * slots.stride + record * slots.record_bytes
     seeds, expected = record_seeds(table.uid[row], layer, record), table.checksums[row, layer, record]
-    items = Items(slots.record_bytes, handles, offset[first], keys, seeds, expected)
-    return Misses(items, segments, target, record, pinned, missing[~first], item_of[~first], lost)
+    items = Items(slots.record_bytes, handles, offsets, keys, seeds, expected)
+    return Misses(items, target, record, segments, pinned, sources, copies_to, copies_of, lost)
+
+
+def _in_turn(keys: I64, place: I64) -> I64:
+    """The order in which to read: neighbours (place: ascending) together, and what the first keys ask for first, so that
+    it can be copied to the caller while the rest is read.
+    """
+    first = np.ones(len(place), bool)
+    first[1:] = place[1:] - place[:-1] != 1
+    first_key = np.minimum.reduceat(keys, np.flatnonzero(first))
+    turn: I64 = np.argsort(first_key[np.cumsum(first) - 1], kind="stable")
+    return turn
 
 
 def bring(
     disk: Disk | None,
-    readers: Executor,
     residency: Residency,
     pool: Pool,
     misses: Misses,
+    records: I64,
     destination: U8,
     overdue: Callable[[], bool] | None,
 ) -> tuple[Bools, Bools, Bools]:
-    """Reads all items into the destination and the arena. Returns which are bad, which the arena may keep, and which are
-    late.
+    """Reads all items, and copies everything that the fetch asked for to the destination. records: of all its keys.
+    Returns which items are bad, which the arena may keep, and which are late.
 
-    Large calls are read in parts, so that one part is verified while the next ones are under way. With a deadline,
-    parts are small, one after another, and none begins once `overdue` says so; what has begun is finished: a read that
-    went on behind the answer would write into memory that has another use by then.
+    With a deadline, parts are small, one after another, and none begins once `overdue` says so; what has begun is
+    finished: a read that went on behind the answer would write into memory that has another use by then.
     """
-    items, size = misses.items, pool.slots.record_bytes
-    late = np.zeros(len(items), bool)
-    if disk is None or not len(items):
-        return late, late, late
-    if overdue is not None:
-        bad = np.zeros(len(items), bool)
-        for first in range(0, len(items), max(1, DEADLINE_PART_BYTES // size)):
-            part = slice(first, first + max(1, DEADLINE_PART_BYTES // size))
-            if overdue():
-                late[first:] = True
-                break
-            bad[part] = read(disk, items.part(part), destination)
-            bad[part] |= _keep(residency, pool, misses, part, destination)
-        return *_finish(disk, misses, size, destination, bad, late), late
-    step = max(1, PART_BYTES // size)
-    parts = [slice(first, first + step) for first in range(0, len(items), step)]
-    bad = np.zeros(len(items), bool)
-    pending = [readers.submit(read, disk, items.part(part), destination) for part in parts[:-1]]
-    try:
-        # This thread reads the last part itself: a call of one part, as decode steps make, never waits for another.
-        last = [read(disk, items.part(part), destination) for part in parts[-1:]]
-        for i, part in enumerate(parts):
-            bad[part] = pending[i].result() if i < len(pending) else last[0]
-            bad[part] |= _keep(residency, pool, misses, part, destination)
-    finally:
-        wait(pending)  # nothing may be unpinned while the disk still writes to it
-    return *_finish(disk, misses, size, destination, bad, late), late
+    items, sources, size = misses.items, misses.sources, pool.slots.record_bytes
+    bad, late = np.zeros(len(items), bool), np.zeros(len(items), bool)
+    # left[i]: the first key that waits for item i or a later one.
+    left = np.append(np.minimum.accumulate(items.positions[::-1])[::-1], len(sources))
+    copied = 0
 
+    def copy_until(end: int) -> None:
+        nonlocal copied
+        if end > copied:
+            pool.slots.gather(sources[copied:end], records[copied:end], destination[copied * size : end * size])
+            copied = end
 
-def _finish(disk: Disk, misses: Misses, size: int, destination: U8, bad: Bools, late: Bools) -> tuple[Bools, Bools]:
-    """A second try for bad ones, copies for keys named twice; (bad, keep)."""
-    items = misses.items
+    step = max(1, len(items) if overdue is None else DEADLINE_PART_BYTES // size)
+    for begin in range(0, len(items), step):
+        assert disk is not None
+        if overdue is not None and overdue():
+            late[begin:] = True
+            break
+        for part, wrong in _verified(disk, residency, pool, misses, slice(begin, begin + step), destination):
+            bad[part] = wrong
+            if wrong.any():
+                _leave_out(misses, bad)
+            copy_until(left[part.stop])
+    _leave_out(misses, late)
+    copy_until(len(sources))
     keep = (misses.slots != 0) & ~bad & ~late
-    read_again(disk, items, bad, destination)
-    at = items.positions * size
-    copy_records(destination.data, at[misses.copies_of], destination.data, misses.copies_to * size, size)
-    return bad, keep
+    if disk is not None:
+        read_again(disk, items, bad, destination)
+    # Keys that share an item are copied from its slot; where it has none, from its place in the destination.
+    alone = sources[misses.copies_to] == 0
+    at, to = items.positions[misses.copies_of[alone]], misses.copies_to[alone]
+    copy_records(destination.data, at * size, destination.data, to * size, size)
+    return bad, keep, late
 
 
-def _keep(residency: Residency, pool: Pool, misses: Misses, part: slice, destination: U8) -> Bools:
-    """Copies a part to its slots and verifies it. Returns which items of it are wrong."""
-    items, slots, size, memory = misses.items.part(part), misses.slots[part], pool.slots.record_bytes, residency.memory
-    # The destination is a client's memory and may change at any time, so what the arena keeps is verified in the
-    # arena, after it was copied there. Once is enough: the destination has the same bytes unless its owner wrote.
-    kept, at = slots != 0, items.positions * size
-    starts = pool.slots.starts(slots[kept], misses.records[part][kept])
-    copy_records(destination.data, at[kept], memory, starts, size)
-    wrong = np.zeros(len(items), bool)
-    wrong[kept] = items.wrong(kept, memory, starts)
-    wrong[~kept] = items.wrong(~kept, destination.data, at[~kept])
-    return wrong
+def _leave_out(misses: Misses, which: Bools) -> None:
+    """These items are not to be copied from their slots."""
+    misses.sources[misses.items.positions[which]] = 0
+    misses.sources[misses.copies_to[which[misses.copies_of]]] = 0
+
+
+def _verified(
+    disk: Disk, residency: Residency, pool: Pool, misses: Misses, which: slice, destination: U8
+) -> Iterator[tuple[slice, Bools]]:
+    """Reads these items to where they belong. Yields the next few, and which of them are wrong, by and by."""
+    items, slots, size = misses.items.part(which), misses.slots[which], pool.slots.record_bytes
+    kept, region = slots != 0, residency.arena.region
+    starts = np.where(kept, pool.slots.starts(slots, misses.records[which]), items.positions * size)
+    addresses = np.where(kept, residency.address, address_of(destination)) + starts
+    if can_go_straight(disk, items, addresses):
+        parts = stream(disk, items, addresses, STEP)
+    else:
+        failed = np.zeros(len(items), bool)
+        for memory, mine in ((region, kept), (destination, ~kept)):
+            failed[mine] = read(disk, items.part(mine), memory, starts[mine])
+        parts = iter([(slice(0, len(items)), failed)])
+    for part, failed in parts:
+        wrong = failed.copy()
+        for memory, mine in ((region, kept[part]), (destination, ~kept[part])):
+            if mine.any():
+                wrong[mine] |= items.part(part).part(mine).wrong(memory.data, starts[part][mine])
+        yield slice(which.start + part.start, which.start + part.stop), wrong
 
 
 def end(residency: Residency, log: SegmentLog | None, pool: Pool, misses: Misses, keep: Bools | None) -> None:
     """Unpins. keep: as `bring` returned it; None: it did not return."""
-    residency.end_reads(pool, misses.slots, misses.records, keep, misses.pinned_slots)
+    residency.end_reads(pool, misses.slots, misses.records, keep, misses.pinned)
     if log:
         log.unpin(misses.segments)

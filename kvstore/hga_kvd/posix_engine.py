@@ -15,7 +15,7 @@ from collections import deque
 import numpy as np
 
 from hga_kvd.disk import I32, I64, U64
-from hga_kvd.io_engine import Callers
+from hga_kvd.io_engine import Callers, Results
 
 # More threads than this only wait for each other's turn of the interpreter lock.
 THREADS_MAX = 32
@@ -67,6 +67,9 @@ class PosixEngine:
                 self._abandon(batch)
                 raise
         return np.array(batch.results, np.int64)
+
+    def stream(self, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
+        yield self.transfer(False, fds, offsets, addresses, lengths)
 
     def shutdown(self) -> None:
         self._callers.close()

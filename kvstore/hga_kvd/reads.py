@@ -1,12 +1,14 @@
 """Brings records from disk: few reads, and nothing is called good before its checksum matched.
 
-Records that lie next to each other are read in one piece. Straight into the caller's memory only if they are also
-wanted next to each other; through a buffer they need not be, but then whole blocks are read and the records copied out.
+Records that lie next to each other are read in one piece. Straight into their memory only if they are also wanted next
+to each other there; through a buffer they need not be, but then whole blocks are read and the records copied out.
 `direct` and `buffered` are pure: columns in, columns out.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +30,7 @@ BUFFER_BYTES = 8 << 20
 class Items:
     """What to read: `item_bytes` at offsets[i] of handles[i], to place positions[i] of the destination.
 
-    Sorted by (handle, offset), no place twice. seeds and expected: of the checksums.
+    Neighbours on disk that follow each other are read in one piece. No place twice. seeds and expected: of the checksums.
     """
 
     item_bytes: int
@@ -41,7 +43,7 @@ class Items:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def part(self, at: slice) -> Items:
+    def part(self, at: slice | Bools) -> Items:
         """Some of the items, to the same positions."""
         columns = (self.handles[at], self.offsets[at], self.positions[at], self.seeds[at], self.expected[at])
         return Items(self.item_bytes, *columns)
@@ -52,33 +54,30 @@ class Items:
         first = np.zeros(1, np.int64)
         return Items(self.item_bytes, self.handles[at], self.offsets[at], first, self.seeds[at], self.expected[at])
 
-    def wrong(self, which: Bools, memory: memoryview, starts: I64) -> Bools:
-        """Of the items in `which`, those whose bytes at memory[starts] fail their checksum."""
-        wrong: Bools = checksums(memory, starts, self.item_bytes, self.seeds[which]) != self.expected[which]
+    def wrong(self, memory: memoryview, starts: I64) -> Bools:
+        """Which items' bytes, at memory[starts], fail their checksum."""
+        wrong: Bools = checksums(memory, starts, self.item_bytes, self.seeds) != self.expected
         return wrong
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Columns of Disk.read, and for each record which read brings it."""
+    """Columns of Disk.read; counts: how many records each read brings."""
 
     handles: I32
     offsets: I64
     addresses: U64
     lengths: I64
-    read_of: I64
+    counts: I64
 
 
 def direct(handles: I64, offsets: I64, addresses: I64, record_bytes: int) -> Reads:
-    """Record i, at offsets[i] of handles[i], to addresses[i]. Records come sorted by (handle, offset)."""
+    """Record i, at offsets[i] of handles[i], to addresses[i]."""
     first = _first_of_run(handles, offsets, record_bytes)
-    first[1:] |= np.diff(addresses) != record_bytes
-    starts = np.flatnonzero(first)
-    lengths = np.diff(starts, append=len(handles)) * record_bytes
-    read_of = np.cumsum(first) - 1
-    return Reads(
-        handles[starts].astype(np.int32), offsets[starts], addresses[starts].astype(np.uint64), lengths, read_of
-    )
+    first[1:] |= addresses[1:] - addresses[:-1] != record_bytes
+    starts, counts = _runs(first)
+    columns = handles[starts].astype(np.int32), offsets[starts], addresses[starts].astype(np.uint64)
+    return Reads(*columns, counts * record_bytes, counts)
 
 
 def buffered(handles: I64, offsets: I64, record_bytes: int, alignment: int) -> tuple[Reads, I64, int]:
@@ -86,43 +85,71 @@ def buffered(handles: I64, offsets: I64, record_bytes: int, alignment: int) -> t
 
     Returns the reads (addresses from 0), where each record then starts in the buffer, and the size of the buffer.
     """
-    first = _first_of_run(handles, offsets, record_bytes)
-    starts = np.flatnonzero(first)
-    read_of = np.cumsum(first) - 1
-    ends = np.append(starts[1:], len(handles)) - 1
+    starts, counts = _runs(_first_of_run(handles, offsets, record_bytes))
+    ends = starts + counts - 1
     low = offsets[starts] // alignment * alignment
     high = -(-(offsets[ends] + record_bytes) // alignment) * alignment
     lengths = high - low
     at = np.cumsum(lengths) - lengths
-    reads = Reads(handles[starts].astype(np.int32), low, at.astype(np.uint64), lengths, read_of)
-    return reads, at[read_of] + offsets - low[read_of], int(lengths.sum())
+    reads = Reads(handles[starts].astype(np.int32), low, at.astype(np.uint64), lengths, counts)
+    return reads, offsets + np.repeat(at - low, counts), int(lengths.sum())
 
 
 def _first_of_run(handles: I64, offsets: I64, record_bytes: int) -> Bools:
     first = np.ones(len(handles), bool)
-    first[1:] = (np.diff(offsets) != record_bytes) | (np.diff(handles) != 0)
+    first[1:] = (offsets[1:] - offsets[:-1] != record_bytes) | (handles[1:] != handles[:-1])
     return first
 
 
-def read(disk: Disk, items: Items, destination: U8) -> Bools:
-    """Disk to destination, unverified. Returns which items the device could not read."""
+def _runs(first: Bools) -> tuple[I64, I64]:
+    """Where each run starts, and how long it is."""
+    starts = np.flatnonzero(first)
+    counts = np.empty_like(starts)
+    counts[:-1] = starts[1:] - starts[:-1]
+    counts[-1] = len(first) - starts[-1]
+    return starts, counts
+
+
+def can_go_straight(disk: Disk, items: Items, addresses: I64) -> bool:
+    """Whether all of this is aligned as direct reads must be."""
+    bits = items.item_bytes | int(np.bitwise_or.reduce(items.offsets | addresses))
+    return not bits & (disk.alignment - 1)
+
+
+def stream(disk: Disk, items: Items, addresses: I64, step: int) -> Iterator[tuple[slice, Bools]]:
+    """Disk straight to addresses, unverified. Yields the next items, brought while later ones are under way, and which
+    of them the device could not read; those of at least `step` reads at a time, but for the last.
+
+    Close it before the memory is used for something else.
+    """
+    reads = direct(items.handles, items.offsets, addresses, items.item_bytes)
+    first = first_read = 0
+    with contextlib.closing(disk.stream(reads.handles, reads.offsets, reads.addresses, reads.lengths, step)) as parts:
+        for statuses in parts:
+            counts = reads.counts[first_read : first_read + len(statuses)]
+            end = first + int(counts.sum())
+            yield slice(first, end), np.repeat(statuses != 0, counts)
+            first, first_read = end, first_read + len(statuses)
+
+
+def read(disk: Disk, items: Items, memory: U8, at: I64) -> Bools:
+    """Disk to memory, item i to the bytes at[i], unverified. Returns which items the device could not read."""
     if not len(items):
         return np.zeros(0, bool)
-    size, alignment, address = items.item_bytes, disk.alignment, address_of(destination)
-    if not (size | address) % alignment and not (items.offsets % alignment).any():
-        reads = direct(items.handles, items.offsets, address + items.positions * size, size)
-        failed: Bools = disk.read(reads.handles, reads.offsets, reads.addresses, reads.lengths) != 0
-        return failed[reads.read_of]
+    addresses = address_of(memory) + at
+    if can_go_straight(disk, items, addresses):
+        reads = direct(items.handles, items.offsets, addresses, items.item_bytes)
+        return np.repeat(disk.read(reads.handles, reads.offsets, reads.addresses, reads.lengths) != 0, reads.counts)
     bad = np.zeros(len(items), bool)
+    size, alignment = items.item_bytes, disk.alignment
     step = max(1, BUFFER_BYTES // (size + 2 * alignment))
     for first in range(0, len(items), step):
         part = slice(first, first + step)
         reads, starts, buffer_bytes = buffered(items.handles[part], items.offsets[part], size, alignment)
         buffer = aligned_buffer(buffer_bytes)
-        addresses = reads.addresses + np.uint64(address_of(buffer))
-        failed = disk.read(reads.handles, reads.offsets, addresses, reads.lengths) != 0
-        bad[part] = failed[reads.read_of]
-        copy_records(buffer.data, starts, destination.data, items.positions[part] * size, size)
+        to = reads.addresses + np.uint64(address_of(buffer))
+        bad[part] = np.repeat(disk.read(reads.handles, reads.offsets, to, reads.lengths) != 0, reads.counts)
+        copy_records(buffer.data, starts, memory.data, at[part], size)
     return bad
 
 
@@ -132,7 +159,7 @@ def read_again(disk: Disk, items: Items, bad: Bools, destination: U8) -> None:
     for i in np.flatnonzero(bad).tolist():
         own = np.zeros(size, np.uint8)
         item = items.one(i)
-        if not read(disk, item, own)[0] and not item.wrong(np.ones(1, bool), own.data, item.positions)[0]:
+        if not read(disk, item, own, item.positions)[0] and not item.wrong(own.data, item.positions)[0]:
             at = int(items.positions[i]) * size
             destination[at : at + size] = own
             bad[i] = False
@@ -140,7 +167,8 @@ def read_again(disk: Disk, items: Items, bad: Bools, destination: U8) -> None:
 
 def read_verified(disk: Disk, items: Items, destination: U8) -> Bools:
     """Disk to destination. Returns which items are bad, after a second try; their bytes mean nothing."""
-    bad = read(disk, items, destination)
-    bad |= items.wrong(np.ones(len(items), bool), destination.data, items.positions * items.item_bytes)
+    at = items.positions * items.item_bytes
+    bad = read(disk, items, destination, at)
+    bad |= items.wrong(destination.data, at)
     read_again(disk, items, bad, destination)
     return bad

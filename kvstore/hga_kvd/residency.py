@@ -40,6 +40,7 @@ class Residency:
     def __init__(self, ram_bytes: int) -> None:
         """Takes ram_bytes of memory, rounded down to pages, at least one page."""
         self.lock = threading.Lock()
+        self.filled = threading.Condition(self.lock)  # some call has ended its reads
         self.arena = Arena(aligned_buffer(max(1, ram_bytes // PAGE_BYTES) * PAGE_BYTES, huge=True))
         self.address = address_of(self.arena.region)
         self.memory = self.arena.region.data
@@ -189,24 +190,25 @@ class Residency:
         Extents that get no slot are read all the same, and not kept. End with `end_reads`.
         """
         slots, table, layer_count = pool.slots, pool.table, pool.geometry.layers
-        present = table.slot[rows, layers]
-        pinned = np.unique(present[present != 0])
-        slots.pin(pinned)  # before room is made, so that it is not made of them
-        pool.policy.touch(pinned)  # asked for, though not for a record that is there
-        absent = np.unique(rows[present == 0] * layer_count + layers[present == 0])
+        extents, extent_of = np.unique(rows * layer_count + layers, return_inverse=True)
+        row, layer = np.divmod(extents, layer_count)
+        slot = table.slot[row, layer]
+        present = slot[slot != 0]
+        slots.pin(present)  # before room is made, so that it is not made of them
+        pool.policy.touch(present)  # asked for, though not for a record that is there
+        absent = np.flatnonzero(slot == 0)
         count = self.make_room(pool, len(absent)) if len(absent) else 0
         if count:
-            fresh = slots.take(count)
-            self.hold(pool, fresh, *np.divmod(absent[:count], layer_count))
+            fresh, got = slots.take(count), absent[:count]
+            self.hold(pool, fresh, row[got], layer[got])
             self.make_evictable(pool, fresh)
             slots.pin(fresh)
-            pinned = np.concatenate((pinned, fresh))
-        target = table.slot[rows, layers]
-        # A record that another call is filling is read by both and kept by that one.
-        target[slots.state[target, records] != EMPTY] = 0
+            slot[got] = fresh
+        target = slot[extent_of]
+        target[slots.state[target, records] != EMPTY] = 0  # BAD: that place is never filled again
         filled = target != 0
         slots.state[target[filled], records[filled]] = FILLING
-        return target, pinned
+        return target, slot[slot != 0]
 
     def end_reads(self, pool: Pool, slots: I64, records: I64, keep: npt.NDArray[np.bool_] | None, pinned: I64) -> None:
         """keep: which of the records lie verified in their slot; None: none of them."""
@@ -214,6 +216,12 @@ class Residency:
         good = np.zeros(len(filled), bool) if keep is None else keep
         pool.slots.set_valid(slots[filled], records[filled], good[filled])
         pool.slots.unpin(pinned)
+        self.filled.notify_all()
+
+    def wait_for_fills(self, pool: Pool, slots: I64, records: I64, seconds: float | None) -> bool:
+        """Waits until other calls have brought these records, or given up. False: not within so many seconds."""
+        state = pool.slots.state
+        return self.filled.wait_for(lambda: not (state[slots, records] == FILLING).any(), seconds)
 
 
 def locate(session: Session, keys: Keys) -> tuple[I64, I64, I64]:

@@ -1,16 +1,18 @@
 """The io_uring engine: rings driven from Python by whole columns.
 
-A batch is written to the submission queue with one numpy store a column, and its completions are read with one gather
-at the end. In between are only rounds of two integers, how many more to submit and how many to wait for, and one
-`io_uring_enter` each, without the interpreter lock: Python's work while the device runs dry costs bandwidth.
+A batch is written to the submission queue with one numpy store a column, and its completions are read with one gather,
+at the end or a few times on the way. In between are only rounds of two integers, how many more to submit and how many to
+wait for, and one `io_uring_enter` each, without the interpreter lock: Python's work while the device runs dry costs
+bandwidth. `stream` hands out what is complete while the device works on the rest.
 
 Every calling thread has a ring of its own: no I/O thread, no hand-over, no lock between callers; ADR 2 has the
 measurement. Calls under way share the queue depth: each of n keeps at most depth / n in flight, so a small batch goes
 to the device at once however large the batch beside it is.
 
 What is always true:
-- A ring is empty between calls. What is in flight is (SQ head - CQ tail), the kernel's own counters: nothing that
-  happens to a call, not even an interrupt, makes us lose count of memory that the kernel may still write to.
+- A ring is empty between calls, and during a stream it is that stream's. What is in flight is (SQ head - CQ tail), the
+  kernel's own counters: nothing that happens to a call, not even an interrupt, makes us lose count of memory that the
+  kernel may still write to.
 - A ring is given at most as much as its submission queue holds before it is read empty, and its completion queue is no
   smaller: that cannot overflow.
 - A ring dies with its thread or at shutdown; its mappings and descriptors go with the object.
@@ -32,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hga_kvd.disk import I32, I64, U64
-from hga_kvd.io_engine import Callers, EngineUnavailable
+from hga_kvd.io_engine import Callers, EngineUnavailable, Results
 
 U32 = npt.NDArray[np.uint32]
 
@@ -66,6 +68,7 @@ _ENTRIES = 1024
 _CQE = np.dtype([("row", "<i8"), ("result", "<i4"), ("flags", "<u4")])
 
 _MASK = 0xFFFFFFFF  # of the rings' counters
+_UNKNOWN = np.int64(-1 << 63)  # the result of a transfer that is not complete
 
 # A round waits for this part of what is in flight: the rest keeps the device busy while Python refills. A half, a
 # quarter and an eighth measured alike at a depth of 32; all of it, a sixteenth and a single read were 6 to 12 % slower.
@@ -128,22 +131,21 @@ class Ring:
         """Transfers that the kernel took and has not completed."""
         return (int(self._sq_head[0]) - int(self._cq_tail[0])) & _MASK
 
-    def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
-        """As IoEngine.transfer. Raises OSError when the kernel refuses `io_uring_enter`.
+    def stream(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
+        """As IoEngine.stream. Raises OSError when the kernel refuses `io_uring_enter`.
 
-        After any exception nothing is in flight, and the ring must not be used again.
+        After any exception, and when it is closed early, nothing is in flight.
         """
-        results = np.zeros(len(fds), np.int64)
+        assert not self.in_flight, "a ring serves one call at a time"
         try:
             for start in range(0, len(fds), self._count):
                 part = slice(start, start + self._count)
                 count = self._queue(write, fds[part], offsets[part], addresses[part], lengths[part])
-                self._run(count)
-                self._reap(results[part])
+                yield from self._run(count, step)
+                self._cq_head[0] = self._cq_tail[0]
         except BaseException:
             self._drain()
             raise
-        return results
 
     def _queue(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> int:
         """Lays the transfers out in SQEs 0, 1, ... and names these in the next places of the queue; returns how many."""
@@ -156,13 +158,14 @@ class Ring:
         self._sq_tail[0] = (tail + count) & _MASK
         return count
 
-    def _run(self, count: int) -> None:
-        """Submits what is queued, by and by, and returns when all `count` are complete."""
-        submitted = completed = busy_tries = 0
-        while completed < count:
+    def _run(self, count: int, step: int) -> Results:
+        """Submits what is queued, by and by, and yields results in order, at least `step` at a time but for the last."""
+        results = np.full(count, _UNKNOWN)
+        submitted = completed = read = told = busy_tries = 0
+        while told < count:
             room = max(0, min(self._depth() - (submitted - completed), count - submitted))
             waiting = submitted + room - completed
-            wanted = waiting if submitted + room == count else max(1, waiting // _WAIT_DIVISOR)
+            wanted = min(waiting, step) if submitted + room == count else max(1, waiting // _WAIT_DIVISOR)
             error = self._enter(room, completed + wanted)
             before = completed
             submitted = count - ((int(self._sq_tail[0]) - int(self._sq_head[0])) & _MASK)
@@ -172,6 +175,15 @@ class Ring:
                 raise OSError(error, "io_uring_enter: " + os.strerror(error))
             if busy_tries and error != errno.EINTR:
                 time.sleep(_BUSY_PAUSE_S)
+            if completed - told < step and completed < count:
+                continue
+            self._read(results, read, completed)
+            read = completed
+            unknown = results[told:] == _UNKNOWN
+            known = told + int(unknown.argmax()) if completed < count else count
+            if known - told >= step or known == count:
+                yield results[told:known]
+                told = known
 
     def _enter(self, submit_count: int, cqe_count: int) -> int:
         """Submits, and waits until so many completions are unread; 0 or errno.
@@ -182,19 +194,22 @@ class Ring:
             return 0
         return ctypes.get_errno()
 
-    def _reap(self, results: I64) -> None:
-        """Reads all completions."""
+    def _read(self, results: I64, first: int, end: int) -> None:
+        """Reads the completions from the `first` unread one to before `end`; they stay in the queue."""
         place = int(self._cq_head[0]) % len(self._cqes)
-        cqes = self._cqes[self._cq_places[place : place + len(results)]]
+        cqes = self._cqes[self._cq_places[place + first : place + end]]
         results[cqes["row"]] = cqes["result"]
-        self._cq_head[0] = self._cq_tail[0]
 
     def _drain(self) -> None:
-        """Waits until the kernel has let go of the caller's memory. A signal may cut a wait short, never the loop."""
+        """Takes back what is queued, and waits until the kernel has let go of the caller's memory. A signal may cut a
+        wait short, never the loop.
+        """
+        self._sq_tail[0] = self._sq_head[0]
         while self.in_flight:
             self._cq_head[0] = self._cq_tail[0]
             if self._enter(0, 1):
                 time.sleep(_BUSY_PAUSE_S)
+        self._cq_head[0] = self._cq_tail[0]
 
 
 class UringEngine:
@@ -207,14 +222,26 @@ class UringEngine:
         self._ring()
 
     def transfer(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> I64:
+        parts = list(self._stream(write, fds, offsets, addresses, lengths, len(fds)))
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def stream(self, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
+        return self._stream(False, fds, offsets, addresses, lengths, step)
+
+    def _stream(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
+        told = 0
         with self._callers:
             try:
-                return self._ring().transfer(write, fds, offsets, addresses, lengths)
+                for results in self._ring().stream(write, fds, offsets, addresses, lengths, step):
+                    yield results
+                    told += len(results)
+            except GeneratorExit:
+                raise
             except BaseException as error:
                 self._local.__dict__.clear()
-                if isinstance(error, (EngineUnavailable, OSError)):
-                    return np.full(len(fds), -(error.errno or errno.EIO), np.int64)
-                raise
+                if not isinstance(error, (EngineUnavailable, OSError)):
+                    raise
+                yield np.full(len(fds) - told, -(error.errno or errno.EIO), np.int64)
 
     def shutdown(self) -> None:
         self._callers.close()

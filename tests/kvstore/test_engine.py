@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -295,58 +294,6 @@ def test_geometries_share_the_arena() -> None:
     for _ in range(5):
         for session, chunks in kept:
             check(engine, session, chunks)
-
-
-class Meddling(SimDisk):
-    """Calls `after[n]` when its n-th batch of reads is done."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.after: dict[int, Callable[[], None]] = {}
-        self.calls = 0
-
-    def read(self, *columns: Any) -> Any:
-        self.calls += 1
-        result, meddle = super().read(*columns), self.after.pop(self.calls, None)
-        if meddle is not None:
-            meddle()
-        return result
-
-
-def test_a_client_that_writes_into_its_destination_harms_only_itself() -> None:
-    """While call A reads a record, call B reads it too; then A's memory is overwritten before A keeps what it read."""
-    disk = Meddling()
-    engine = make(disk)
-    session = engine.open("a", WIDE, create=True).session_id
-    chunks = chunks_of(WIDE, 2)
-    fill(engine, session, chunks)
-    engine.flush(session)
-    other = engine.open("b", Geometry(2, 2, 64, "float32", rope="b"), create=True).session_id
-    for i in range(2):  # pushes the first session out of the arena
-        engine.append(other, 31 * i, 31, chunks_of(WIDE, 31).reshape(-1), b"")
-        engine.flush(other)
-    engine.delete(other)
-    key = np.array([(5, 1, 1)], KEY_DTYPE)
-    expected = records_of(WIDE, chunks, key)
-    size, ours = 8192, np.zeros(16384, np.uint8)
-    mine = ours[-ours.ctypes.data % 4096 :][:size]
-
-    def read_it() -> None:
-        found = fetch(engine, session, key)[1]
-        assert (found == expected).all()
-
-    def meddle() -> None:
-        read_it()
-        mine[:] = 99
-
-    disk.calls, disk.after = 0, {1: meddle, 3: read_it}
-    fetched = engine.fetch(session, key, mine)
-    assert fetched.statuses is None
-    assert not disk.after
-    assert (mine == expected[0]).all()
-    for _ in range(2):
-        read_it()
-    assert engine.stats().damaged_records == 0
 
 
 # --- sessions ---

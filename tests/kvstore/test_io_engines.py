@@ -469,6 +469,65 @@ def test_never_more_in_flight_than_the_depth(depth: int, file: File, monkeypatch
     engine.shutdown()
 
 
+@pytest.mark.parametrize(("count", "step"), [(1, 1), (100, 1), (100, 16), (100, 1000), (2500, 16)])
+def test_a_stream_gives_reads_in_order_when_they_are_there(engine: IoEngine, file: File, count: int, step: int) -> None:
+    batch = random_batch(file, count, seed=11)
+    told: list[int] = []
+    for moved in engine.stream(batch.fds, batch.offsets, batch.addresses, batch.lengths, step):
+        at = sum(told)
+        assert moved.tolist() == batch.lengths[at : at + len(moved)].tolist()
+        assert np.array_equal(
+            batch.row(at + len(moved) - 1), file.content[batch.offsets[at + len(moved) - 1] :][: moved[-1]]
+        )
+        told.append(len(moved))
+    assert sum(told) == count
+    assert all(
+        n >= step or not end % uring._ENTRIES for n, end in zip(told[:-1], np.cumsum(told).tolist(), strict=False)
+    )
+    batch.assert_read(file)
+
+
+def test_a_stream_that_is_closed_early_leaves_nothing_under_way(uring_engine: UringEngine, file: File) -> None:
+    batch = random_batch(file, 100, seed=12)
+    stream = uring_engine.stream(batch.fds, batch.offsets, batch.addresses, batch.lengths, 1)
+    told = len(next(stream))
+    ring = uring_engine._ring()
+    assert ring.in_flight
+    with pytest.raises(AssertionError, match="one call at a time"):
+        batch.run(uring_engine)
+    stream = uring_engine.stream(batch.fds, batch.offsets, batch.addresses, batch.lengths, 1)
+    told = len(next(stream))
+    ring = uring_engine._ring()
+    stream.close()
+    assert not ring.in_flight
+    batch.buffer[batch.starts[told + 16] :] = 0
+    time.sleep(0.05)
+    assert not batch.buffer[batch.starts[told + 16] :].any()
+    assert batch.run(uring_engine) == [0] * 100
+    assert uring_engine._ring() is ring
+    batch.assert_read(file)
+
+
+def test_what_a_stream_has_told_stays_told_when_the_kernel_refuses(
+    uring_engine: UringEngine, file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(errno.EBADF)
+        return -1
+
+    batch = random_batch(file, 100, seed=13)
+    stream = uring_engine.stream(batch.fds, batch.offsets, batch.addresses, batch.lengths, 1)
+    told = next(stream).tolist()
+    with monkeypatch.context() as patch:
+        patch.setattr(uring, "_enter", refuse)
+        patch.setattr(uring.Ring, "_drain", lambda _: None)
+        for moved in stream:
+            told += moved.tolist()
+    good = told.index(-errno.EBADF)
+    assert told == batch.lengths[:good].tolist() + [-errno.EBADF] * (100 - good)
+    assert batch.run(uring_engine) == [0] * 100
+
+
 def test_a_thread_takes_its_ring_with_it(uring_engine: UringEngine, file: File) -> None:
     random_batch(file, 1, 0).run(uring_engine)
     before = descriptors()

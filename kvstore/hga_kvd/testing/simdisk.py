@@ -22,13 +22,13 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hga_kvd.disk import I32, I64, U64
-from hga_kvd.io_engine import transfer_all
+from hga_kvd.io_engine import transfer_all, whole_or_failed
 from hga_kvd.testing.faults import Fault, Remains
 
 SECTOR_BYTES = 512
@@ -234,6 +234,13 @@ class SimDisk:
     def read(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         return self._transfer(False, handles, offsets, addresses, lengths)
 
+    def stream(self, handles: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Generator[I32, None, None]:
+        self._check(offsets, addresses, lengths)
+        for first in range(0, len(handles), step):
+            part = slice(first, first + step)
+            moved = self.transfer(False, handles[part], offsets[part], addresses[part], lengths[part])
+            yield whole_or_failed(moved, lengths[part])
+
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         return self._transfer(True, handles, offsets, addresses, lengths)
 
@@ -387,10 +394,13 @@ class SimDisk:
         return fault
 
     def _transfer(self, write: bool, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
+        self._check(offsets, addresses, lengths)
+        return transfer_all(self, handles, offsets, addresses, lengths, write=write, alignment=self.alignment)
+
+    def _check(self, offsets: I64, addresses: U64, lengths: I64) -> None:
         bits = np.bitwise_or.reduce(offsets | lengths | addresses.view(np.int64), initial=0)
         assert not bits & (self.alignment - 1), f"a transfer that is not aligned to {self.alignment} bytes"
         assert lengths.min(initial=1) > 0, "a transfer of no bytes"
-        return transfer_all(self, handles, offsets, addresses, lengths, write=write, alignment=self.alignment)
 
     def _move(self, write: bool, handle: int, offset: int, address: int, length: int) -> int:
         """One transfer: bytes moved, or -errno."""
