@@ -2,8 +2,10 @@
 
 Every row is a rule with its budget; loss is over the second half of each document, where every token is routed on its
 own, through the client's own functions (simulate.py). Prints the table of DESIGN section 6, draws gap against fetched
-fraction, and can sweep the sketch's bits, dims and basis length, let the text drift, or decode through a real daemon.
-It has run on a CPU with short documents only: a row of one document of 8,192 tokens takes 3 minutes there.
+fraction, and can sweep the sketch's bits, dims and basis length, or let the text drift (texts.py).
+
+Losses are written to --lines as they come, one a line; what is in that file already is not run again. So a run that was
+cut short goes on where it was, and the table of a run elsewhere is made from its lines.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import results
 import smollm2
+import texts
 import torch
 import typer
 from hga_kvd_client.options import Rope
@@ -29,23 +32,26 @@ from simulate import CHUNK, Row, Simulation, hga_rule, oracle_rule, sketch_rule
 BUILD = Path(__file__).resolve().parent.parent / "build"
 console = Console()
 
-BUDGETS = (4, 8, 16, 32)
 BASIS_TOKENS = 2048
+# Groups that each query head opens, in so many chunks; the last two are DESIGN's.
+HGA = ((20, 4), (20, 8), (20, 16), (16, 32))
 # (dims at 4 bits, dims at 2 bits) of 64, around DESIGN's 5.3 %.
 SWEEP_DIMS = (
     (8, 8), (8, 16), (12, 8), (12, 12), (16, 0), (16, 8), (12, 24), (16, 16), (20, 8), (24, 0), (8, 32), (16, 24),
     (24, 16), (32, 32),
 )  # fmt: skip
-SWEEP_BASIS = (512, 1024, 2048, 4096)
+SWEEP_BASIS = (512, 1024, 4096)
+# A text of this many tokens is what the model was trained for; RoPE is stretched for longer ones.
+TRAINED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A row as text, so that it can be sent to another process: kind, then its numbers.
+    """A row as values, so that it can be sent to another process: kind, then its numbers.
 
     window; dense; hga CHUNKS GROUPS; own CHUNKS GROUPS (hga, each query head sees only its own groups); pooled CHUNKS
-    GROUPS; oracle BUDGET; plain BUDGET (2-bit keys, mean and step per
-    group); plain-chunk BUDGET; sketch DIMS4 DIMS2 BUDGET BASIS_TOKENS BASIS_FIRST COVER.
+    GROUPS; oracle BUDGET; plain BUDGET (2-bit keys, mean and step per group); plain-chunk BUDGET; sketch DIMS4 DIMS2
+    BUDGET BASIS_TOKENS BASIS_FIRST COVER.
     """
 
     kind: str
@@ -77,32 +83,62 @@ def sketch(dims4: int, dims2: int, budget: int, basis: int = BASIS_TOKENS, first
     return Spec("sketch", (dims4, dims2, budget, basis, first, cover))
 
 
-def default_rows(budgets: tuple[int, ...], head_dim: int) -> list[Spec]:
+def table_rows(budgets: tuple[int, ...], head_dim: int) -> list[Spec]:
     spec = SketchSpec.of_basis(head_dim)
     return [
         Spec("window"),
+        *(sketch(spec.dims4, spec.dims2, budget) for budget in budgets),
+        *(Spec("hga", numbers) for numbers in HGA),
+        *(Spec("own", numbers) for numbers in HGA),
         Spec("pooled", (1, 1)),
-        Spec("own", (20, 16)),
-        Spec("own", (16, 32)),
-        Spec("hga", (20, 16)),
-        Spec("hga", (16, 32)),
-        Spec("pooled", (20, 16)),
+        *(Spec("pooled", numbers) for numbers in HGA),
+        *(Spec("oracle", (budget,)) for budget in budgets),
         *(Spec("plain", (budget,)) for budget in budgets),
         Spec("plain-chunk", (16,)),
-        *(sketch(spec.dims4, spec.dims2, budget) for budget in budgets),
-        *(Spec("oracle", (budget,)) for budget in budgets),
     ]
 
 
-def row_of(spec: Spec, model: Any) -> Row | None:
+def sweep_rows(budgets: tuple[int, ...], head_dim: int) -> list[Spec]:
+    quarter = head_dim // 4
+    return [
+        *(sketch(four * head_dim // 64, two * head_dim // 64, n) for n in budgets for four, two in SWEEP_DIMS),
+        *(sketch(quarter, quarter, n, basis) for n in budgets for basis in SWEEP_BASIS),
+    ]
+
+
+def drift_rows(budgets: tuple[int, ...], head_dim: int, start: int) -> list[Spec]:
+    """A basis of the first tokens; one of the last before `start`; none."""
+    quarter = head_dim // 4
+    basis = min(BASIS_TOKENS, start // 2)
+    return [
+        spec
+        for n in budgets
+        for spec in (
+            sketch(quarter, quarter, n, basis),
+            sketch(quarter, quarter, n, basis, start - basis),
+            Spec("plain", (n,)),
+            Spec("oracle", (n,)),
+        )
+    ]
+
+
+def extra_rows(head_dim: int) -> list[Spec]:
+    quarter = head_dim // 4
+    default = sketch(quarter, quarter, 16).numbers
+    return [
+        Spec("dense", kv_float8=True),
+        Spec("sketch", default, kv_float8=True),
+        *(sketch(quarter, quarter, 32, cover=cover) for cover in (0.9, 0.95, 0.97, 0.98, 0.99)),
+        Spec("hga", (20, 16), block_visibility=True),
+        Spec("sketch", default, block_visibility=True),
+    ]
+
+
+def row_of(spec: Spec, head_dim: int, rope: Rope) -> Row | None:
     """What the simulation runs; None: dense."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale, n = head_dim**-0.5, spec.numbers
-    inv_freq = model.base_model.rotary_emb.inv_freq.float().cpu()
-    rope = Rope(tuple(inv_freq.tolist()), 2 * len(inv_freq))
     kv_bytes = CHUNK * 2 * head_dim * 2
-    sketched, rule, state = None, None, 0.0
+    rule, state = None, 0.0
     if spec.kind == "dense" and not spec.kv_float8:
         return None
     if spec.kind in ("hga", "own", "pooled"):
@@ -122,52 +158,125 @@ def row_of(spec: Spec, model: Any) -> Row | None:
     return Row(spec.label(), rule, state, spec.block_visibility, spec.kv_float8, spec.kind == "dense")
 
 
-def measure(job: tuple[list[Spec], list[tuple[str, np.ndarray]], str, Path]) -> list[dict[str, Any]]:
-    """One line a (row, document): losses and groups. Runs in a process of its own when there are several jobs."""
-    specs, documents, device, directory = job
+def rope_of(model: Any, tokens: int) -> Rope:
+    """The model's RoPE, its base raised in the model first if the text is longer than it was trained for (NTK)."""
+    embedding = model.base_model.rotary_emb
+    pairs = len(embedding.inv_freq)
+    if tokens > TRAINED_TOKENS:
+        place = torch.arange(pairs, device=embedding.inv_freq.device) / max(1, pairs - 1)
+        embedding.inv_freq = embedding.inv_freq * (tokens / TRAINED_TOKENS) ** -place
+    return Rope(tuple(embedding.inv_freq.float().cpu().tolist()), 2 * pairs)
+
+
+Job = tuple[list[Spec], list[texts.Text], set[tuple[str, str]], str, Path]
+
+
+def measure(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
+    """Emits one line a (row, text)."""
+    specs, documents, done, device, directory = job
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
+    if device != "cpu":
+        torch.set_num_threads(1)
     model, _ = smollm2.load(directory)
     model.to(device)
-    lines = []
+    rope = rope_of(model, len(documents[0][1]))
     for name, tokens in documents:
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        ids = torch.from_numpy(tokens).to(device)
         simulation = Simulation(model, len(ids) // 2)
         dense = simulation.run(ids, None)
         for spec in specs:
+            if (spec.label(), name) in done:
+                continue
             started = time.perf_counter()
-            loss = simulation.run(ids, row_of(spec, model))
-            lines.append(
+            loss = simulation.run(ids, row_of(spec, head_dim_of(model.config), rope))
+            emit(
                 {
                     "row": spec.label(),
-                    "document": name,
+                    "text": name,
                     "loss": loss,
                     "loss_dense": dense,
                     "opened": simulation.opened,
                     "routable": simulation.routable,
-                    "seconds": time.perf_counter() - started,
+                    "seconds": round(time.perf_counter() - started, 3),
                 }
             )
-            print(f"{name}: {spec.label()}: {loss - dense:+.4f}", flush=True)
-    return lines
 
 
-def summary(specs: list[Spec], lines: list[dict[str, Any]], model: Any) -> list[dict[str, Any]]:
-    """The table: mean over documents, each of the same length."""
+def work(job: Job, lines: Any) -> None:
+    """`measure` in a process of its own: into the queue `lines`, then None."""
+    try:
+        measure(job, lines.put)
+    finally:
+        lines.put(None)
+
+
+def head_dim_of(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def run(specs: list[Spec], documents: list[texts.Text], device: str, jobs: int, model: Path, path: Path) -> None:
+    """Adds to the file of lines what it lacks."""
+    done = {(line["row"], line["text"]) for line in read_lines(path)[1]}
+    lacking = [text for text in documents if any((spec.label(), text[0]) not in done for spec in specs)]
+    if not lacking:
+        return
+    parts = [(specs, lacking[i::jobs], done, device, model) for i in range(min(jobs, len(lacking)))]
+    with path.open("a") as file:
+
+        def keep(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            gap = line["loss"] - line["loss_dense"]
+            print(f"{line['text']}: {line['row']}: {gap:+.4f} ({line['seconds']:.1f} s)", flush=True)
+
+        if len(parts) == 1:
+            measure(parts[0], keep)
+            return
+        context = multiprocessing.get_context("spawn")
+        lines = context.Queue()
+        workers = [context.Process(target=work, args=(part, lines)) for part in parts]
+        for worker in workers:
+            worker.start()
+        left = len(workers)
+        while left:
+            line = lines.get()
+            if line is None:
+                left -= 1
+            else:
+                keep(line)
+    for worker in workers:
+        worker.join()
+        if worker.exitcode:
+            raise SystemExit(f"a process ended with {worker.exitcode}; what was measured is in {path}")
+
+
+def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The head of a file of lines, and the losses in it."""
+    head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return head, lines
+
+
+def summary(specs: list[Spec], lines: list[dict[str, Any]], head_dim: int) -> list[dict[str, Any]]:
+    """The table: means over the texts, which have one length. Rows without a loss are left out."""
+    rope = Rope((1.0,) * (head_dim // 2), head_dim)
     table = []
     for spec in specs:
         mine = [line for line in lines if line["row"] == spec.label()]
-        gaps = [line["loss"] - line["loss_dense"] for line in mine]
-        row = row_of(spec, model)
+        if not mine:
+            continue
+        gaps = torch.tensor([line["loss"] - line["loss_dense"] for line in mine], dtype=torch.float64)
+        row = row_of(spec, head_dim, rope)
         table.append(
             {
                 "row": spec.label(),
                 "spec": asdict(spec),
                 "state": row.state if row else 0.0,
                 "fetched": sum(line["opened"] for line in mine) / max(1, sum(line["routable"] for line in mine)),
-                "gap_nats": float(np.mean(gaps)),
-                "gap_standard_error": float(np.std(gaps, ddof=1) / len(gaps) ** 0.5) if len(gaps) > 1 else 0.0,
-                "documents": len(mine),
+                "gap_nats": float(gaps.mean()),
+                "gap_standard_error": float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else 0.0,
+                "texts": len(mine),
+                "seconds": sum(line["seconds"] for line in mine),
             }
         )
     return table
@@ -175,7 +284,7 @@ def summary(specs: list[Spec], lines: list[dict[str, Any]], model: Any) -> list[
 
 def show(table: list[dict[str, Any]], title: str) -> None:
     view = Table(title=title)
-    for name in ("rule", "state", "fetched", "gap, nats", "+-"):
+    for name in ("rule", "state", "fetched", "gap, nats", "+-", "texts"):
         view.add_column(name, justify="left" if name == "rule" else "right")
     for line in table:
         view.add_row(
@@ -184,6 +293,7 @@ def show(table: list[dict[str, Any]], title: str) -> None:
             f"{line['fetched']:.1%}",
             f"{line['gap_nats']:+.4f}",
             f"{line['gap_standard_error']:.4f}",
+            str(line["texts"]),
         )
     console.print(view)
 
@@ -197,9 +307,9 @@ def draw(table: list[dict[str, Any]], path: Path, across: str, title: str) -> No
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for kind in dict.fromkeys(line["spec"]["kind"] for line in table):
-        points = sorted((line[across], line["gap_nats"]) for line in table if line["spec"]["kind"] == kind)
-        joined = "-o" if across == "fetched" and len(points) > 1 and kind not in ("hga", "pooled") else "o"
-        axes.plot([100 * x for x, _ in points], [y for _, y in points], joined, label=kind, markersize=5)
+        points = sorted((100 * line[across], line["gap_nats"]) for line in table if line["spec"]["kind"] == kind)
+        joined = "-o" if across == "fetched" and len(points) > 1 else "o"
+        axes.plot(*zip(*points, strict=True), joined, label=kind, markersize=5)
     axes.axhline(0, color="0.6", linewidth=0.8)
     name = {"fetched": "routable groups fetched, %", "state": "routing state, % of bf16 K/V"}[across]
     axes.set(xlabel=name, ylabel="loss gap to dense, nats", title=title)
@@ -207,37 +317,6 @@ def draw(table: list[dict[str, Any]], path: Path, across: str, title: str) -> No
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def read_documents(path: Path, names: int, length: int, drift: bool) -> list[tuple[str, np.ndarray]]:
-    """(name, tokens) of the first `names` documents, 0: all, each cut to `length`, 0: whole.
-
-    drift: instead of each document, one that begins with another's first quarter: the basis is made of that alone.
-    """
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    documents = [
-        (f"{name} {i}", tokens) for i in range(max(map(len, arrays.values()))) for name, array in arrays.items()
-        for tokens in array[i : i + 1]
-    ]  # fmt: skip
-    if drift:
-        others = documents[1:] + documents[:1]
-        documents = [
-            (f"{theirs} then {mine}", np.concatenate((other[: len(tokens) // 4], tokens[len(tokens) // 4 :])))
-            for (mine, tokens), (theirs, other) in zip(documents, others, strict=True)
-        ]
-    documents = [(name, tokens[: length or None]) for name, tokens in documents]
-    return documents[: names or None]
-
-
-def run(
-    specs: list[Spec], documents: list[tuple[str, np.ndarray]], device: str, jobs: int, model: Path
-) -> list[dict[str, Any]]:
-    parts = [(specs, documents[i::jobs], device, model) for i in range(min(jobs, len(documents)))]
-    if len(parts) == 1:
-        return measure(parts[0])
-    with multiprocessing.get_context("spawn").Pool(len(parts)) as pool:
-        return [line for lines in pool.map(measure, parts) for line in lines]
 
 
 def main(
@@ -248,51 +327,51 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     jobs: Annotated[int, typer.Option(help="processes; a GPU is kept busy by several", min=1)] = 1,
     sweep: Annotated[bool, typer.Option(help="sketches of many sizes instead of the table")] = False,
-    drift: Annotated[bool, typer.Option(help="the first quarter of each text is another document's")] = False,
+    drift: Annotated[str, typer.Option(help="texts that change, instead of the table: start, turns or long")] = "",
     extra: Annotated[bool, typer.Option(help="cover, routed prefill and fp8 K/V instead of the table")] = False,
+    lines: Annotated[Path | None, typer.Option(help="losses as they come; under build/quality if not told")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="where the numbers go")] = None,
     model: Annotated[Path, typer.Option(help="directory of the weights")] = BUILD / "model",
+    record: Annotated[bool, typer.Option(help="add the table to bench/results/quality.jsonl")] = False,
+    plot: Annotated[bool, typer.Option(help="draw build/quality/*.png")] = True,
 ) -> None:
-    """Prints the table; writes build/quality/*.png and bench/results/quality.jsonl."""
+    """Prints the table, and draws it."""
+    smollm2.ensure_model(model)
+    found = texts.documents(tokens, documents, length)
+    found = texts.drifting(found, drift) if drift else found
+    sizes, count, size = tuple(map(int, budgets.split(","))), len(found), len(found[0][1])
+    head_dim = head_dim_of(smollm2.config(model))
+    what = "sweep" if sweep else f"drift-{drift}" if drift else "extra" if extra else "table"
+    rows = (
+        sweep_rows(sizes, head_dim) if sweep
+        else drift_rows(sizes, head_dim, size // 2) if drift
+        else extra_rows(head_dim) if extra
+        else table_rows(sizes, head_dim)
+    )  # fmt: skip
     out = BUILD / "quality"
     out.mkdir(parents=True, exist_ok=True)
-    smollm2.ensure_model(model)
-    sizes = tuple(int(budget) for budget in budgets.split(","))
-    loaded, _ = smollm2.load(model)
-    head_dim = loaded.config.hidden_size // loaded.config.num_attention_heads
-    spec = SketchSpec.of_basis(head_dim)
-    texts = read_documents(tokens, documents, length, drift)
-    first = len(texts[0][1]) // 4
-    if sweep:
-        rows = [sketch(four, two, 16) for four, two in SWEEP_DIMS]
-        rows += [sketch(spec.dims4, spec.dims2, 16, n) for n in SWEEP_BASIS if n != BASIS_TOKENS]
-    elif drift:
-        rows = [sketch(spec.dims4, spec.dims2, size, first, start) for size in sizes for start in (0, first)]
-        rows += [Spec("plain", (size,)) for size in sizes] + [Spec("oracle", (size,)) for size in sizes]
-    elif extra:
-        rows = [sketch(spec.dims4, spec.dims2, 32, cover=cover) for cover in (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)]
-        rows += [Spec("hga", (20, 16), block_visibility=True)]
-        rows += [Spec("sketch", sketch(spec.dims4, spec.dims2, 16).numbers, block_visibility=True)]
-        rows += [Spec("dense", kv_float8=True)]
-        rows += [Spec("sketch", sketch(spec.dims4, spec.dims2, 16).numbers, kv_float8=True)]
-    else:
-        rows = default_rows(sizes, head_dim)
-    started = time.perf_counter()
-    lines = run(rows, texts, device, jobs, model)
-    table = summary(rows, lines, loaded)
-    what = "sweep" if sweep else "drift" if drift else "extra" if extra else "table"
-    title = f"SmolLM2-135M, {len(texts)} documents of {len(texts[0][1])} tokens, loss over the second half"
-    show(table, title)
-    draw(table, out / f"{what}.png", "state" if sweep else "fetched", title)
+    path = lines or out / f"{what}.lines.jsonl"
     config = {
-        "what": what, "tokens": tokens.name, "documents": len(texts), "length": len(texts[0][1]), "budgets": sizes,
+        "what": what, "tokens": tokens.name, "texts": count, "length": size,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device, "jobs": jobs,
     }  # fmt: skip
-    report = {"table": table, "lines": lines, "seconds": time.perf_counter() - started}
+    if not path.exists():
+        path.write_text(json.dumps({"config": config, "made": results.stamp()}) + "\n")
+    head, _ = read_lines(path)
+    kept = {name: head["config"][name] for name in ("what", "tokens", "texts", "length")}
+    if any(config[name] != value for name, value in kept.items()):
+        raise SystemExit(f"{path} has losses of another run, {kept}: give another --lines")
+    run(rows, found, device, jobs, model, path)
+    losses = read_lines(path)[1]
+    table = summary(rows, losses, head_dim)
+    title = f"SmolLM2-135M, {count} texts of {size} tokens ({what}), loss over the second half"
+    show(table, title)
+    if plot:
+        draw(table, out / f"{what}.png", "state" if sweep else "fetched", title)
     if json_path is not None:
-        json_path.write_text(json.dumps(config | report, indent=1) + "\n")
-    results.append("quality", config, {"table": table, "seconds": report["seconds"]})
-    console.print(f"written: {out / f'{what}.png'}, bench/results/quality.jsonl")
+        json_path.write_text(json.dumps({**head, "table": table, "lines": losses}, indent=1) + "\n")
+    if record:
+        results.append("quality", head["config"], {"table": table}, made=head["made"])
 
 
 if __name__ == "__main__":

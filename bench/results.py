@@ -17,23 +17,32 @@ from hga_kvd.bench.machine import machine
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def append(bench: str, config: dict[str, Any], numbers: dict[str, Any], directory: Path = ROOT) -> Path:
-    """Adds a line to bench/results/`bench`.jsonl; returns that file. `directory` is on the disk that was measured."""
+def append(
+    bench: str,
+    config: dict[str, Any],
+    numbers: dict[str, Any],
+    directory: Path = ROOT,
+    made: dict[str, Any] | None = None,
+) -> Path:
+    """Adds a line to bench/results/`bench`.jsonl; returns that file. `directory` is on the disk that was measured; `made`
+    is the stamp of where and when it was, if not here and now."""
     path = ROOT / "bench" / "results" / f"{bench}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(directory),
-        "load": round(
-            os.getloadavg()[0], 1
-        ),  # processes that wanted a core in the last minute, the bench's own included
-        "config": config,
-        "numbers": numbers,
-    }
+    line = {**(made or stamp(directory)), "config": config, "numbers": numbers}
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
     return path
+
+
+def stamp(directory: Path = ROOT) -> dict[str, Any]:
+    """What makes a number worth something: date, commit, machine, load."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(directory),
+        # Processes that wanted a core in the last minute, the bench's own included.
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def commit() -> str:

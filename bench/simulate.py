@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from hga_kvd_client.float8 import pack, unpack
 from hga_kvd_client.options import Rope
 from hga_kvd_client.routing import causal_union, route_hga, route_sketch
-from hga_kvd_client.sketch import FLOAT8, FLOAT8_MAX, Basis, Moments, SketchSpec, encode, log_mass
+from hga_kvd_client.sketch import Basis, Moments, SketchSpec, encode, log_mass
 from hga_kvd_client.summaries import Turns, mixed_mean
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
@@ -184,33 +185,47 @@ class Simulation:
             q, k, v = (torch.cat(pair, -2) for pair in zip(self._prompt[layer], (q, k, v), strict=True))
         elif row is None and q.shape[2] == self.start:
             self._prompt[layer] = (q, k, v)
-        if row is not None and row.kv_float8:
-            k, v = float8(k), float8(v)
-        if row is None or row.dense:
+        if row is None:
             out = _dense(q, k, v, scaling, start)
         else:
+            exact = (k, v)
+            if row.kv_float8:
+                k, v = float8(k), float8(v)
             router = row.rule(q, k) if row.rule else None
             batched = (router is None or router.batched) and k.device.type == "cuda"
             size, tokens = ROUTED_TOKENS if batched else CHUNK, k.shape[1]
             parts = [
-                self._routed(q, k, v, scaling, first, min(first + size, tokens), router)
+                self._routed(q, k, v, exact, scaling, first, min(first + size, tokens), router)
                 for first in range(start, tokens, size)
             ]
             out = torch.cat(parts, 2)
         return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
 
     def _routed(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, first: int, end: int, router: Router | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        exact: tuple[Tensor, Tensor],
+        scale: float,
+        first: int,
+        end: int,
+        router: Router | None,
     ) -> Tensor:
         """Tokens first .. end-1, whole chunks. Returns [kv_heads, ratio, tokens, dim].
 
         Tokens of several chunks differ in what is routable: what is not has no mass, and is never opened.
+        k, v: as closed chunks have them; exact: as the open chunk, each token's own, has them.
         """
         kv_heads, ratio, _, dim = q.shape
         tokens = end - first
         q = q[:, :, first:end] * scale
         scores = torch.bmm(q.flatten(1, 2), k[:, :end].transpose(1, 2)).view(kv_heads, ratio, tokens, end)
         at = torch.arange(first, end, device=q.device)
+        assert self._row is not None
+        if self._row.kv_float8:
+            own_k, own_v = (t[:, None, first:end].unflatten(2, (-1, CHUNK)) for t in exact)
+            _own_chunk(scores, first).copy_(q.unflatten(2, (-1, CHUNK)) @ own_k.transpose(3, 4))
         scores.masked_fill_(torch.arange(end, device=q.device) > at[:, None], -torch.inf)
         low, high = self.sinks, max(self.sinks, (end - 1) // CHUNK - self.recent)
         if high > low:
@@ -221,9 +236,10 @@ class Simulation:
             near = torch.logaddexp(scores[..., : low * CHUNK].logsumexp(3), scores[..., high * CHUNK :].logsumexp(3))
             near = torch.logaddexp(near, far.masked_fill(leaves, -torch.inf).logsumexp(3))
             opened = torch.zeros(kv_heads, tokens, routable.shape[1], dtype=torch.bool, device=q.device)
-            if router is not None:
+            if self._row.dense:
+                opened |= routable
+            elif router is not None:
                 opened = router.masks(q, low, high, far, near, routable) & routable
-                assert self._row is not None
                 if self._row.block_visibility:
                     opened = causal_union(opened)
             if first >= self.start:
@@ -231,20 +247,20 @@ class Simulation:
                 self.routable += routable.sum() * kv_heads
             by_head = opened.view(kv_heads, -1, *opened.shape[1:])  # one mask for the KV head, or one a query head
             far.masked_fill_(~by_head.repeat_interleave(GROUP, 3) & leaves, -torch.inf)
-        weights = scores.softmax(3).flatten(1, 2)
-        return torch.bmm(weights, v[:, :end]).view(kv_heads, ratio, tokens, dim)
+        weights = scores.softmax(3)
+        out = torch.bmm(weights.flatten(1, 2), v[:, :end]).view(kv_heads, ratio, tokens, dim)
+        if self._row.kv_float8:
+            own_v = own_v - v[:, None, first:end].unflatten(2, (-1, CHUNK))
+            out += (_own_chunk(weights, first) @ own_v).flatten(2, 3)
+        return out
 
 
 def float8(values: Tensor) -> Tensor:
-    """K or V as fp8 records give them back: e4m3 with one scale a record. values: [kv_heads, tokens, dim].
-
-    Tokens of an open group stay as they are.
-    """
+    """K or V as fp8 records give them back. values: [kv_heads, tokens, dim]; what is no whole group stays as it is."""
     kv_heads, tokens, dim = values.shape
     whole = tokens // GROUP * GROUP
     records = values[:, :whole].reshape(kv_heads, -1, GROUP * dim)
-    scale = records.abs().amax(2, keepdim=True).clamp_min(1e-20) / FLOAT8_MAX
-    back = ((records / scale).to(FLOAT8).float() * scale).view(kv_heads, whole, dim)
+    back = unpack(pack(records), values.dtype).view(kv_heads, whole, dim)
     return torch.cat((back, values[:, whole:]), 1)
 
 
@@ -272,6 +288,13 @@ def hga_rule(
 
 def oracle_rule(budget: int) -> Rule:
     return lambda q, k: Oracle(k.shape[0], budget)
+
+
+def _own_chunk(scores: Tensor, first: int) -> Tensor:
+    """What tokens have of the keys of their own chunk: a view [kv_heads, ratio, chunks, tokens, keys] of scores
+    [kv_heads, ratio, tokens, keys], tokens from key `first` on."""
+    sizes = (-1, CHUNK)
+    return scores[..., first:].unflatten(3, sizes).unflatten(2, sizes).diagonal(0, 2, 4).movedim(4, 2)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, start: int) -> Tensor:

@@ -47,17 +47,23 @@ def ensure_model(directory: Path) -> Path:
     return path
 
 
+def config(directory: Path) -> Any:
+    """The model's config, from the GGUF file in directory."""
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    return AutoConfig.from_pretrained(directory, gguf_file=FILE)
+
+
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model, tokenizer) from the GGUF file in directory, in eval mode on the CPU."""
     # Slow to import, and ensure_model does without.
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: PLC0415
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")  # gguf hands out read-only arrays
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=FILE)
-        config = AutoConfig.from_pretrained(directory, gguf_file=FILE)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config(directory), dtype=dtype)
         # What from_pretrained(gguf_file=) does too; but that wants the package accelerate, for nothing here.
         weights = load_gguf_checkpoint(str(directory / FILE), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(weights, strict=False)
