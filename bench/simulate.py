@@ -155,7 +155,8 @@ class Simulation:
             logits = self.model.lm_head(hidden[first:end]).float()
             expected = ids[self.start + first : self.start + end]
             total += float(torch.nn.functional.cross_entropy(logits, expected, reduction="sum"))
-        self.opened = int(self.opened)  # counted on the device: one wait a text
+        # Counted on the device: one wait a text.
+        self.opened, self.routable = int(self.opened), int(self.routable)
         return total / (len(ids) - self.start)
 
     def _forward(self, ids: Tensor, first: int, end: int) -> Tensor:
