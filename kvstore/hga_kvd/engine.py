@@ -34,6 +34,7 @@ from hga_kvd.fetch import FetchPath
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 from hga_kvd.index import Session
 from hga_kvd.integrity import Integrity
+from hga_kvd.memory import give_back_freed
 from hga_kvd.parts import Parts
 from hga_kvd.prefetch import Part
 from hga_kvd.prefetcher import Prefetcher
@@ -93,6 +94,7 @@ class Engine:
         except OSError as error:
             raise StartRefused(f"the store cannot be used ({error}): check the device and its permissions") from error
         if self._residency.sessions:
+            give_back_freed()
             self._log.info(
                 "recovered",
                 sessions=len(self._residency.sessions),

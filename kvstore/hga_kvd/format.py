@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -270,17 +270,17 @@ def _decode_chunk_table(header: FrameHeader, table: bytes) -> ChunkFrame:
         raise BadBytes("a chunk table whose size does not fit its fields")
     if header.body_bytes != count * layers * round_up(records * record_bytes):
         raise BadBytes("a chunk table that does not fit its body")
-    at = np.cumsum((_CHUNKS.size, *lengths))
-    parts = [table[start:end] for start, end in pairwise(at.tolist())]
-    if (np.frombuffer(parts[0], "<u8") >= IDS_END).any():
+    uids_at, sums_at, known_at, ids_at = accumulate(lengths[:-1], initial=_CHUNKS.size)
+    uids = np.frombuffer(table, "<u8", count, uids_at)
+    if int(uids.max()) >= IDS_END:
         raise BadBytes("a chunk uid that was never given out")
     return ChunkFrame(
         header,
         record_bytes,
-        np.frombuffer(parts[0], "<u8"),
-        np.frombuffer(parts[1], "<u8").reshape(count, layers, records),
-        (np.frombuffer(parts[2], "<u4") & TOKENS_KNOWN).astype(bool),
-        np.frombuffer(parts[3], "<u4").reshape(count, tokens),
+        uids,
+        np.frombuffer(table, "<u8", count * layers * records, sums_at).reshape(count, layers, records),
+        (np.frombuffer(table, "<u4", count, known_at) & TOKENS_KNOWN).astype(bool),
+        np.frombuffer(table, "<u4", count * tokens, ids_at).reshape(count, tokens),
     )
 
 

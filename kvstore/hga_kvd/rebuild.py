@@ -136,21 +136,27 @@ def _add_chunks(
         if uid not in rows and uid in chunk_at:
             frame, i = chunk_at[uid]
             of_frame.setdefault(id(frame), (frame, []))[1].append(i)
+    fitting = []
     for frame, chosen in of_frame.values():
-        if not _fits(frame, pool):
+        if _fits(frame, pool):
+            fitting.append((frame, chosen))
+        else:
             rebuilt.misfits.append(frame.header)
-            continue
-        table, at = pool.table, np.array(chosen, np.int64)
-        added = table.add(len(at))
-        table.refs[added] = 0
-        table.uid[added] = frame.uids[at]
-        table.segment[added] = frame.header.segment_id
-        table.offset[added] = frame.header.body_offset + at * frame.chunk_stride
-        table.checksums[added] = frame.checksums[at]
-        table.tokens_known[added] = frame.tokens_known[at]
-        table.token_ids[added] = frame.token_ids[at]
+    table = pool.table
+    added = table.add(sum(len(chosen) for _, chosen in fitting))  # at once: the columns get their size, and no more
+    table.refs[added] = 0
+    first = 0
+    for frame, chosen in fitting:
+        mine, at = added[first : first + len(chosen)], np.array(chosen, np.int64)
+        first += len(chosen)
+        table.uid[mine] = frame.uids[at]
+        table.segment[mine] = frame.header.segment_id
+        table.offset[mine] = frame.header.body_offset + at * frame.chunk_stride
+        table.checksums[mine] = frame.checksums[at]
+        table.tokens_known[mine] = frame.tokens_known[at]
+        table.token_ids[mine] = frame.token_ids[at]
         rebuilt.live[frame.header.segment_id] += len(at)
-        rows.update(zip(frame.uids[at].tolist(), added.tolist(), strict=True))
+        rows.update(zip(frame.uids[at].tolist(), mine.tolist(), strict=True))
 
 
 def _fits(frame: ChunkFrame, pool: Pool) -> bool:

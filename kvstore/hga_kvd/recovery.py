@@ -1,13 +1,20 @@
-"""Reads a segment back: which frames in it are sound, where its log ends, and what is damaged. Changes nothing.
+"""Reads segments back: which frames in them are sound, where each log ends, and what is damaged. Changes nothing.
 
 docs/format.md, "Recovery", is the rule; this is its steps 3 and 4. Below what is vouched for, a frame is taken by its
 table and a hole is damage. Above, a frame is taken only if its body is whole, and the first that is not ends the log.
+
+Where a frame is, only the one before it says. So one segment is a chain of small reads that wait for each other, and a
+store of 100 GB has thousands of them: many segments are walked at once. A walk is a generator that asks for bytes and
+knows nothing of the others; `walk_all` reads what they ask for in batches.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +39,17 @@ U8 = npt.NDArray[np.uint8]
 
 SECTOR_BYTES = 512  # what a device writes whole or not at all
 
-# Header and table of a few chunks of a real model (6 KiB a chunk) in one read.
+# Header and table of a few chunks of a real model (6 KiB a chunk) in one read. After the first frame of a segment as much
+# as the largest head so far: its frames are much alike.
 HEAD_READ_BYTES = 64 << 10
 # One read while looking for the next sound frame, or through a body.
 SCAN_READ_BYTES = 4 << 20
 # What is not sound is read once more, as records are: a read that failed, or brought other bytes, for once must not cut
 # off what was flushed.
 TRIES = 2
+# Walks at once, and bytes of one batch: a disk is busy with 32 to 64 reads in flight.
+WALKS_MAX = 128
+BATCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -51,45 +62,91 @@ class Walk:
     stale: list[int]  # offsets of sound frames behind the end
 
 
-def read_bytes(disk: Disk, handle: int, offset: int, length: int) -> U8:
-    """`length` bytes of a file, both multiples of a block. Raises OSError."""
-    buffer = aligned_buffer(length)
-    address = np.array([address_of(buffer)], np.uint64)
-    result = int(disk.read(np.array([handle], np.int32), np.array([offset]), address, np.array([length]))[0])
-    if result:
-        raise OSError(-result, f"{os.strerror(-result)} at {offset}")
-    return buffer
+Result = TypeVar("Result")
+# What a walk asks for, (offset, length), both multiples of a block; it gets the bytes, which are its own until it asks
+# again, or None if the device failed.
+Request = tuple[int, int]
+Steps = Generator[Request, U8 | None, Result]
 
 
-def walk(disk: Disk, handle: int, segment_id: int, vouched_bytes: int, torn_end: bool) -> Walk:
-    """Frames of one segment in order. torn_end: it was being appended to when the daemon died."""
-    return _Walker(disk, handle, segment_id).walk(vouched_bytes, torn_end)
+@dataclass(frozen=True)
+class Unread:
+    """A segment to walk. torn_end: it was being appended to when the daemon died."""
+
+    handle: int
+    segment_id: int
+    vouched_bytes: int
+    torn_end: bool
+
+
+def walk_all(disk: Disk, unread: Iterable[Unread]) -> list[Walk | None]:
+    """What each of these segments holds; None where the header is not its own, or cannot be read."""
+    waiting = deque(enumerate(unread))
+    found: list[Walk | None] = [None] * len(waiting)
+    asking: deque[tuple[int, int, Steps[Walk | None], Request]] = deque()  # number, handle, walk, what it wants
+    buffer = aligned_buffer(BATCH_BYTES)
+    while waiting or asking:
+        while waiting and len(asking) < WALKS_MAX:
+            number, segment = waiting.popleft()
+            steps = _Walker(segment, disk.size(segment.handle)).walk()
+            asking.append((number, segment.handle, steps, next(steps)))
+        batch, ends = [asking.popleft()], [0]
+        ends.append(batch[0][3][1])
+        while asking and ends[-1] + asking[0][3][1] <= len(buffer):
+            batch.append(asking.popleft())
+            ends.append(ends[-1] + batch[-1][3][1])
+        if ends[-1] > len(buffer):
+            buffer = aligned_buffer(ends[-1])
+        results = disk.read(
+            np.array([handle for _, handle, _, _ in batch], np.int32),
+            np.array([offset for *_, (offset, _) in batch], np.int64),
+            np.array(ends[:-1], np.uint64) + np.uint64(address_of(buffer)),
+            np.diff(ends),
+        )
+        for i, (number, handle, steps, _) in enumerate(batch):
+            try:
+                request = steps.send(None if results[i] else buffer[ends[i] : ends[i + 1]])
+                asking.append((number, handle, steps, request))
+            except StopIteration as stop:
+                found[number] = stop.value
+    return found
 
 
 class _Walker:
-    def __init__(self, disk: Disk, handle: int, segment_id: int) -> None:
-        self._disk = disk
-        self._handle = handle
-        self._segment_id = segment_id
+    def __init__(self, segment: Unread, file_bytes: int) -> None:
+        self._segment = segment
+        self._file_bytes = file_bytes
+        self._head_bytes = HEAD_READ_BYTES  # how much a frame's head is guessed to have
+        self._largest_head_bytes = 0
         self._unreadable = False
 
-    def walk(self, vouched_bytes: int, torn_end: bool) -> Walk:
-        size = self._disk.size(self._handle) // BLOCK_BYTES * BLOCK_BYTES
-        limit = size if torn_end else min(size, vouched_bytes)
+    def walk(self) -> Steps[Walk | None]:
+        if not (yield from self._header_fits()):
+            return None
+        size, vouched, torn_end = self._file_bytes, self._segment.vouched_bytes, self._segment.torn_end
+        size = size // BLOCK_BYTES * BLOCK_BYTES
+        limit = size if torn_end else min(size, vouched)
         sound: list[Frame] = []
         offset, sequence = BLOCK_BYTES, 0
         while offset < limit:
-            frame = self._frame_at(offset, limit)
+            frame = yield from self._frame_at(offset, limit)
             if frame is None or frame.header.sequence < sequence:
-                frame = self._next_frame(offset + BLOCK_BYTES, limit, sequence)
+                frame = yield from self._next_frame(offset + BLOCK_BYTES, limit, sequence)
             if frame is None:
                 break
             sound.append(frame)
             offset, sequence = frame.header.offset + frame.header.frame_bytes, frame.header.sequence + 1
-        vouched = max([BLOCK_BYTES, vouched_bytes, *(frame.header.durable_bytes for frame in sound)])
-        return self._judge(sound, vouched, torn_end)
+        vouched = max([BLOCK_BYTES, vouched, *(frame.header.durable_bytes for frame in sound)])
+        return (yield from self._judge(sound, vouched, torn_end))
 
-    def _judge(self, sound: list[Frame], vouched: int, torn_end: bool) -> Walk:
+    def _header_fits(self) -> Steps[bool]:
+        for _ in range(TRIES if self._file_bytes >= BLOCK_BYTES else 0):
+            block = yield 0, BLOCK_BYTES
+            if block is not None and is_header(block, self._segment.segment_id):
+                return True
+        return False
+
+    def _judge(self, sound: list[Frame], vouched: int, torn_end: bool) -> Steps[Walk]:
         taken: list[Frame] = []
         damage: list[tuple[int, int]] = []
         stale: list[int] = []
@@ -103,7 +160,8 @@ class _Walker:
                 if end < vouched:
                     damage.append((end, vouched))
                     end = vouched
-                if not torn_end or header.offset != end or stale or not self._body_is_whole(frame):
+                next_one = torn_end and header.offset == end and not stale
+                if not next_one or not (yield from self._body_is_whole(frame)):
                     stale.append(header.offset)
                     continue
             taken.append(frame)
@@ -115,53 +173,55 @@ class _Walker:
         next_sequence = sound[-1].header.sequence + 1 if sound else 0
         return Walk(taken, end, next_sequence, damage, self._unreadable, stale)
 
-    def _read(self, offset: int, length: int) -> U8 | None:
+    def _read(self, offset: int, length: int) -> Steps[U8 | None]:
         for _ in range(TRIES):
-            try:
-                return read_bytes(self._disk, self._handle, offset, length)
-            except OSError:
-                continue
+            piece = yield offset, length
+            if piece is not None:
+                return piece
         self._unreadable = True
         return None
 
-    def _frame_at(self, offset: int, limit: int) -> Frame | None:
+    def _frame_at(self, offset: int, limit: int) -> Steps[Frame | None]:
         """The sound frame that starts here and ends by `limit`, or None."""
-        tries = (self._try_frame_at(offset, limit) for _ in range(TRIES))
-        return next((frame for frame in tries if frame is not None), None)
+        for _ in range(TRIES):
+            frame = yield from self._try_frame_at(offset, limit)
+            if frame is not None:
+                self._largest_head_bytes = max(self._largest_head_bytes, frame.header.head_bytes)
+                self._head_bytes = min(HEAD_READ_BYTES, self._largest_head_bytes)
+                return frame
+        return None
 
-    def _try_frame_at(self, offset: int, limit: int) -> Frame | None:
-        head: U8 | None
-        try:
-            head = read_bytes(self._disk, self._handle, offset, min(HEAD_READ_BYTES, limit - offset))
-        except OSError:  # a bad sector behind the head is no damage to the head
-            head = self._read(offset, BLOCK_BYTES)
+    def _try_frame_at(self, offset: int, limit: int) -> Steps[Frame | None]:
+        head = yield offset, min(self._head_bytes, limit - offset)
+        if head is None:  # a bad sector behind the head is no damage to the head
+            head = yield from self._read(offset, BLOCK_BYTES)
         if head is None:
             return None
         try:
-            header = decode_frame_header(head[:BLOCK_BYTES].tobytes(), self._segment_id, offset, limit)
+            header = decode_frame_header(head[:BLOCK_BYTES].tobytes(), self._segment.segment_id, offset, limit)
             if header.head_bytes > len(head):
-                head = self._read(offset, header.head_bytes)
+                head = yield from self._read(offset, header.head_bytes)
                 if head is None:
                     return None
             return decode_table(header, check_frame(header, head[: header.head_bytes].tobytes()))
         except BadBytes:
             return None
 
-    def _next_frame(self, offset: int, limit: int, sequence: int) -> Frame | None:
+    def _next_frame(self, offset: int, limit: int, sequence: int) -> Steps[Frame | None]:
         """The first sound frame at or behind `offset` with at least this sequence number."""
         for start in range(offset, limit, SCAN_READ_BYTES):
             length = min(SCAN_READ_BYTES, limit - start)
-            piece = self._read(start, length)
+            piece = yield from self._read(start, length)
             # One bad block hides its whole piece: look block by block there.
             blocks = np.arange(length // BLOCK_BYTES)
             starts = blocks if piece is None else np.flatnonzero(piece[::BLOCK_BYTES] == ord("K"))
             for block in starts.tolist():
-                frame = self._frame_at(start + block * BLOCK_BYTES, limit)
+                frame = yield from self._frame_at(start + block * BLOCK_BYTES, limit)
                 if frame is not None and frame.header.sequence >= sequence:
                     return frame
         return None
 
-    def _body_is_whole(self, frame: Frame) -> bool:
+    def _body_is_whole(self, frame: Frame) -> Steps[bool]:
         header = frame.header
         if isinstance(frame, ChunkFrame):
             count, layers, records = frame.checksums.shape
@@ -179,7 +239,7 @@ class _Walker:
             extents = min(step, unit_count - first)
             starts = (np.arange(extents)[:, None] * stride + np.arange(records) * unit_bytes).reshape(-1)
             for _ in range(TRIES):
-                piece = self._read(header.body_offset + first * stride, extents * stride)
+                piece = yield from self._read(header.body_offset + first * stride, extents * stride)
                 if piece is None:
                     return False
                 found = checksums(piece.data, starts, unit_bytes, seeds[first : first + extents].reshape(-1))
@@ -190,11 +250,16 @@ class _Walker:
         return True
 
 
-def header_fits(disk: Disk, handle: int, segment_id: int, unwritten: bool = False) -> bool:
-    """Whether the file starts with this segment's header.
+def is_header(block: U8, segment_id: int) -> bool:
+    try:
+        return decode_segment_header(block.tobytes())[0] == segment_id
+    except BadBytes:
+        return False
 
-    unwritten: also if power was lost while it was written, and each sector of it is the header's or still zeros.
-    """
+
+def is_leftover(disk: Disk, handle: int, segment_id: int) -> bool:
+    """Whether the file starts with this segment's header, or with what is left of it if power was lost while it was
+    written: each sector is the header's or still zeros."""
     size = disk.size(handle)
     if size < BLOCK_BYTES:
         return False
@@ -202,14 +267,22 @@ def header_fits(disk: Disk, handle: int, segment_id: int, unwritten: bool = Fals
     for _ in range(TRIES):
         try:
             block = read_bytes(disk, handle, 0, BLOCK_BYTES)
-            sectors = block.reshape(-1, SECTOR_BYTES)
-            if unwritten and ((sectors == whole).all(1) | ~sectors.any(1)).all():
-                return True
-            if decode_segment_header(block.tobytes())[0] == segment_id:
-                return True
-        except (OSError, BadBytes):
+        except OSError:
             continue
+        sectors = block.reshape(-1, SECTOR_BYTES)
+        if ((sectors == whole).all(1) | ~sectors.any(1)).all() or is_header(block, segment_id):
+            return True
     return False
+
+
+def read_bytes(disk: Disk, handle: int, offset: int, length: int) -> U8:
+    """`length` bytes of a file, both multiples of a block. Raises OSError."""
+    buffer = aligned_buffer(length)
+    address = np.array([address_of(buffer)], np.uint64)
+    result = int(disk.read(np.array([handle], np.int32), np.array([offset]), address, np.array([length]))[0])
+    if result:
+        raise OSError(-result, f"{os.strerror(-result)} at {offset}")
+    return buffer
 
 
 def erase_heads(disk: Disk, handle: int, offsets: list[int]) -> None:

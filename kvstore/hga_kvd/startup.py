@@ -17,7 +17,7 @@ from hga_kvd.format import BadBytes, Frame, NewerFormat, segment_id_of, segment_
 from hga_kvd.index import LOST_ROW, Places, Session, places_of, runs_of
 from hga_kvd.manifest import MANIFEST_NAME, Manifest, SegmentEntry, decode_manifest
 from hga_kvd.rebuild import Rebuilt, rebuild
-from hga_kvd.recovery import Walk, erase_heads, header_fits, walk
+from hga_kvd.recovery import Unread, Walk, erase_heads, is_leftover, walk_all
 from hga_kvd.residency import Residency
 from hga_kvd.segments import Segment, SegmentLog, tail_of
 
@@ -32,7 +32,7 @@ def recover(
     manifest = _read_manifest(disk)
     if manifest is None:
         return 0, []
-    walks = [(entry, *_read_segment(disk, entry, manifest.clean, log)) for entry in manifest.segments]
+    walks = _read_segments(disk, manifest, log)
     residency.next_session_id, residency.next_chunk_uid = manifest.next_session_id, manifest.next_chunk_uid
     segments.next_segment_id = manifest.next_segment_id
     frames: list[Frame] = []
@@ -100,26 +100,37 @@ def _read_manifest(disk: Disk) -> Manifest | None:
         ) from None
 
 
-def _read_segment(disk: Disk, entry: SegmentEntry, clean: bool, log: FilteringBoundLogger) -> tuple[int, Walk | None]:
-    """Handle and content of a segment; no handle if its file is missing, no content if that is not ours."""
-    name = segment_name(entry.segment_id)
+def _read_segments(
+    disk: Disk, manifest: Manifest, log: FilteringBoundLogger
+) -> list[tuple[SegmentEntry, int, Walk | None]]:
+    """Handle and content of each segment; no handle (-1) if its file is missing, no content if that is not ours."""
+    handles = [_open_segment(disk, segment_name(entry.segment_id), log) for entry in manifest.segments]
+    there = [(entry, handle) for entry, handle in zip(manifest.segments, handles, strict=True) if handle >= 0]
+    unread = [
+        Unread(handle, entry.segment_id, entry.used_bytes, entry.state == "open" and not manifest.clean)
+        for entry, handle in there
+    ]
+    found = {entry.segment_id: walk for (entry, _), walk in zip(there, walk_all(disk, unread), strict=True)}
+    for segment_id, walk in found.items():
+        name = segment_name(segment_id)
+        if walk is None:
+            error = "its header is not ours or cannot be read; all of it is lost"
+            log.error("segment damaged", segment=name, error=error)
+        for start, end in walk.damage if walk else ():
+            log.error("segment damaged", segment=name, from_byte=start, to_byte=end, error="frames in here are lost")
+    return [(e, handle, found.get(e.segment_id)) for e, handle in zip(manifest.segments, handles, strict=True)]
+
+
+def _open_segment(disk: Disk, name: str, log: FilteringBoundLogger) -> int:
     try:
-        handle = disk.open(name)
+        return disk.open(name)
     except FileNotFoundError:
         log.error("segment lost", segment=name, error="its file is gone")  # noqa: TRY400
-        return -1, None
+        return -1
     except OSError as error:
         raise StartRefused(
             f"{name} cannot be opened ({error}): give this user access to it, then start again"
         ) from error
-    if not header_fits(disk, handle, entry.segment_id):
-        log.error("segment damaged", segment=name, error="its header is not ours or cannot be read; all of it is lost")
-        return handle, None
-    torn_end = entry.state == "open" and not clean
-    found = walk(disk, handle, entry.segment_id, entry.used_bytes, torn_end)
-    for start, end in found.damage:
-        log.error("segment damaged", segment=name, from_byte=start, to_byte=end, error="frames in here are lost")
-    return handle, found
 
 
 def _go_on(
@@ -162,7 +173,7 @@ def _remove_leftovers(disk: Disk, manifest: Manifest, segments: SegmentLog, log:
             continue
         segments.next_segment_id = max(segments.next_segment_id, segment_id + 1)
         handle = disk.open(name)
-        ours = header_fits(disk, handle, segment_id, unwritten=True)
+        ours = is_leftover(disk, handle, segment_id)
         disk.close(handle)
         if ours:
             disk.remove(name)

@@ -26,7 +26,7 @@ from hga_kvd.manifest import (
 )
 from hga_kvd.reads import Items, read_verified
 from hga_kvd.rebuild import rebuild
-from hga_kvd.recovery import header_fits, walk
+from hga_kvd.recovery import Unread, walk_all
 from hga_kvd.residency import Pool, Residency
 from hga_kvd.scrub import Scrubber, extent_keys, keys_of
 from hga_kvd.segments import Segment, SegmentLog
@@ -139,7 +139,10 @@ def _read_segment(
         report.faults.append(f"it cannot be opened: {error.strerror}")
         return report
     report.size = disk.size(handle)
-    if not header_fits(disk, handle, segment_id):
+    clean = found.manifest is not None and found.manifest.clean and not found.from_copy
+    torn_end = entry is None or (entry.state == "open" and not clean)
+    (content,) = walk_all(disk, [Unread(handle, segment_id, entry.used_bytes if entry else 0, torn_end)])
+    if content is None:
         report.readable = False
         told = report.faults if entry else report.notes
         told.append("its header is not ours, or cannot be read")
@@ -147,9 +150,6 @@ def _read_segment(
     if entry is None and not found.from_copy:
         report.notes.append("a leftover of a crash: the next start removes it")
         return report
-    clean = found.manifest is not None and found.manifest.clean and not found.from_copy
-    torn_end = entry is None or (entry.state == "open" and not clean)
-    content = walk(disk, handle, segment_id, entry.used_bytes if entry else 0, torn_end)
     report.used_bytes, report.frames = content.used_bytes, content.frames
     report.faults += [f"frames in bytes {start} to {end} are lost" for start, end in content.damage]
     if content.unreadable:

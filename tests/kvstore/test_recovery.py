@@ -15,6 +15,7 @@ from hga_kvd.errors import StartRefused, StorageFull, WriteFailed
 from hga_kvd.format import encode_segment_header
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.manifest import decode_manifest, encode_manifest
+from hga_kvd.recovery import Unread, walk_all
 from hga_kvd.testing.simdisk import SimDisk
 from hga_kvd.testing.workload import records_of
 
@@ -185,6 +186,41 @@ def test_a_flipped_bit_in_a_body_is_one_damaged_record() -> None:
         assert (found == records_of(WIDE, CHUNKS[:3], keys))[[0, 3, 4]].all()
     assert engine.stats().damaged_records == engine.info(1).damaged_records == 1
     assert fetched.ram_records == 3
+
+
+def test_segments_are_walked_together_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In no more submissions than the longest of them needs."""
+    disk = SimDisk()
+    engine = filled(disk, 60)
+    names = [name for name in disk.names() if name.startswith("segment-")]
+    manifest = decode_manifest(disk.get("MANIFEST"))
+    engine.shutdown()
+    disk = disk.kill()
+    disk.flip(names[1], 4096 + FRAME + 100)  # the table of its second frame
+    disk.flip(names[2], 8)  # its header
+    disk.spoil(names[3], 8)  # the head of its first frame
+    unread = [
+        Unread(disk.open(name), entry.segment_id, entry.used_bytes, entry.state == "open")
+        for name, entry in zip(names, manifest.segments, strict=True)
+    ]
+    submissions: list[int] = []
+    read = disk.read
+    monkeypatch.setattr(disk, "read", lambda *columns: (submissions.append(len(columns[0])), read(*columns))[1])
+    alone, needed = [], []
+    for segment in unread:
+        submissions.clear()
+        alone += walk_all(disk, [segment])
+        needed.append(len(submissions))
+    submissions.clear()
+    together = walk_all(disk, unread)
+    assert submissions[0] == 4
+    assert len(submissions) == max(needed) < sum(needed)
+    assert together[2] is alone[2] is None
+    for one, other in zip(together, alone, strict=True):
+        if one and other:
+            assert [frame.header for frame in one.frames] == [frame.header for frame in other.frames]
+            assert replace(one, frames=[]) == replace(other, frames=[])
+    assert [bool(walk and walk.damage) for walk in together] == [False, True, False, True]
 
 
 def test_a_passing_read_error_is_tried_again() -> None:
