@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import results
 import typer
 from demo import BUILD
+from hga_kvd.arena import copy_records
 from hga_kvd.checksum import checksum, record_seeds
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
@@ -30,12 +32,13 @@ from hga_kvd.format import (
     encode_segment_header,
     segment_name,
 )
-from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 from hga_kvd.log import make_log
 from hga_kvd.manifest import MANIFEST_NAME, Manifest, SegmentEntry, SessionEntry, encode_manifest
 from rich.console import Console
 from rich.table import Table
 
+U8 = npt.NDArray[np.uint8]
 GEOMETRY = Geometry(layers=48, kv_heads=4, head_dim=128, dtype="bfloat16", model_fingerprint="bench")
 SMALL = Geometry(layers=12, kv_heads=4, head_dim=4, dtype="float8_e5m2", model_fingerprint="bench")
 FRAME_CHUNKS, SEGMENT_FRAMES = 2, 20
@@ -82,18 +85,61 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def latencies_us(engine: Engine, session_id: int, tokens: int, fetches: int, from_disk: bool) -> list[float]:
-    """Of fetches of 8 random records of layer 0 below `tokens`; all of them from disk, or all from RAM."""
+Taken = dict[int, tuple[float, float]]  # by length: median us of a fetch, and of its bare reads or copies
+
+
+def random_keys(chance: np.random.Generator, g: Geometry, tokens: int) -> Keys:
+    """Of 8 records of layer 0 below `tokens`."""
+    keys = np.zeros(KEYS_A_FETCH, KEY_DTYPE)
+    keys["group"] = chance.choice(tokens // g.group_tokens, KEYS_A_FETCH, replace=False)
+    keys["kv_head"] = chance.integers(0, g.kv_heads, KEYS_A_FETCH)
+    return keys
+
+
+def bare_read_s(engine: Engine, session_id: int, keys: Keys, destination: U8) -> float:
+    """The same reads, straight from the disk interface: no index, no checksum, no arena."""
+    session, disk, log = engine._residency.sessions[session_id], engine._disk, engine._parts.segments
+    assert disk is not None
+    assert log is not None
+    g, table = session.table.geometry, session.table
+    chunk, group = np.divmod(keys["group"].astype(np.int64), g.groups_per_chunk)
+    rows = session.rows[chunk]
+    offsets = table.offset[rows] + (keys["kv_head"] * g.groups_per_chunk + group) * g.record_bytes
+    handles = np.array([log.segments[int(number)].handle for number in table.segment[rows]], np.int32)
+    addresses = np.uint64(destination.ctypes.data) + np.arange(len(keys), dtype=np.uint64) * np.uint64(g.record_bytes)
+    order = np.lexsort((offsets, handles))
+    lengths = np.full(len(keys), g.record_bytes)
+    started = time.perf_counter()
+    disk.read(handles[order], offsets[order], addresses, lengths)
+    return time.perf_counter() - started
+
+
+def bare_copy_s(engine: Engine, session_id: int, keys: Keys, destination: U8) -> float:
+    """The same copies from the arena, one memcpy a record: no index, no lock."""
+    session, residency = engine._residency.sessions[session_id], engine._residency
+    g, slots = session.table.geometry, residency.pools[session.pool].slots
+    chunk, group = np.divmod(keys["group"].astype(np.int64), g.groups_per_chunk)
+    records = keys["kv_head"] * g.groups_per_chunk + group
+    starts = slots.starts(session.table.slot[session.rows[chunk], 0], records)
+    at = np.arange(len(keys)) * g.record_bytes
+    started = time.perf_counter()
+    copy_records(residency.memory, starts, destination.data, at, g.record_bytes)
+    return time.perf_counter() - started
+
+
+def latencies_us(
+    engine: Engine, session_id: int, tokens: int, fetches: int, from_disk: bool
+) -> tuple[list[float], list[float]]:
+    """Of fetches, all of them from disk or all from RAM; and of bare transfers of as many other records."""
     chance = np.random.default_rng(tokens)
     g = engine.info(session_id).geometry
-    keys = np.zeros(KEYS_A_FETCH, KEY_DTYPE)
     destination = np.zeros(KEYS_A_FETCH * g.record_bytes + 4096, np.uint8)
     start = -destination.ctypes.data % 4096
     destination = destination[start : start + KEYS_A_FETCH * g.record_bytes]
     taken: list[float] = []
+    bare: list[float] = []
     while len(taken) < fetches:
-        keys["group"] = chance.choice(tokens // g.group_tokens, KEYS_A_FETCH, replace=False)
-        keys["kv_head"] = chance.integers(0, g.kv_heads, KEYS_A_FETCH)
+        keys = random_keys(chance, g, tokens)
         started = time.perf_counter()
         fetched = engine.fetch(session_id, keys, destination)
         elapsed = time.perf_counter() - started
@@ -101,16 +147,20 @@ def latencies_us(engine: Engine, session_id: int, tokens: int, fetches: int, fro
             raise RuntimeError("damaged records in a new store")
         if (fetched.ram_records == 0) if from_disk else (fetched.nvme_records == 0):
             taken.append(elapsed * 1e6)
-    return taken
+            bare_s = bare_read_s if from_disk else bare_copy_s
+            bare.append(bare_s(engine, session_id, random_keys(chance, g, tokens), destination) * 1e6)
+    return taken, bare
 
 
-def in_turns(engine: Engine, sessions: dict[int, int], fetches: int, from_disk: bool) -> dict[int, float]:
-    """Median latency by length; the lengths take turns, so that a busy moment hits all of them."""
-    found: dict[int, list[float]] = {tokens: [] for tokens in sessions}
+def in_turns(engine: Engine, sessions: dict[int, int], fetches: int, from_disk: bool) -> Taken:
+    """The lengths take turns, so that a busy moment hits all of them."""
+    found: dict[int, tuple[list[float], list[float]]] = {tokens: ([], []) for tokens in sessions}
     for _ in range(10):
         for tokens, session_id in sessions.items():
-            found[tokens] += latencies_us(engine, session_id, tokens, fetches // 10, from_disk)
-    return {tokens: statistics.median(values) for tokens, values in found.items()}
+            taken, bare = latencies_us(engine, session_id, tokens, fetches // 10, from_disk)
+            found[tokens][0].extend(taken)
+            found[tokens][1].extend(bare)
+    return {tokens: (statistics.median(taken), statistics.median(bare)) for tokens, (taken, bare) in found.items()}
 
 
 def main(
@@ -147,10 +197,11 @@ def main(
     print(f"{tokens} tokens, {chunks * GEOMETRY.layers} extents, {tables / 1e6:.0f} MB of tables")
     print(f"opened in {open_s:.2f} s; index {per_extent:.0f} bytes an extent, all-in (resident memory)")
     table = Table(title=f"fetch of {KEYS_A_FETCH} random records, median us")
-    for name in ("tokens", "from disk", "from RAM"):
+    for name in ("tokens", "from disk", "bare reads", "from RAM", "bare copies"):
         table.add_column(name, justify="right")
     for length in lengths:
-        table.add_row(str(length), f"{on_disk[length]:.0f}", f"{in_ram[length]:.1f}")
+        disk_us, ram_us = on_disk[length], in_ram[length]
+        table.add_row(str(length), *(f"{us:.0f}" for us in disk_us), *(f"{us:.1f}" for us in ram_us))
     Console().print(table)
     numbers = {"open_s": open_s, "bytes_per_extent": per_extent, "table_bytes": tables}
     numbers |= {"disk_us": on_disk, "ram_us": in_ram}

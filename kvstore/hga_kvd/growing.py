@@ -12,13 +12,14 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def grown(array: npt.NDArray[Scalar], length: int) -> npt.NDArray[Scalar]:
-    """`array` with at least `length` rows, new ones zero.
+    """`array` with at least `length` rows, new ones zero; its columns stay together in memory if they are.
 
     A quarter more each time: the index may have at most 200 bytes an extent, what is kept free included.
     """
     if length <= len(array):
         return array
-    bigger = np.zeros((max(8, length, len(array) * 5 // 4), *array.shape[1:]), array.dtype)
+    shape = max(8, length, len(array) * 5 // 4), *array.shape[1:]
+    bigger = np.zeros(shape, array.dtype, order="C" if array.flags.c_contiguous else "F")
     bigger[: len(array)] = array
     return bigger
 
