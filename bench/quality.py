@@ -4,14 +4,14 @@ Every row is a rule with its budget; loss is over the second half of each docume
 own, through the client's own functions (simulate.py). Prints the table of DESIGN section 6, draws gap against fetched
 fraction, and can sweep the sketch's bits, dims and basis length, or let the text drift (texts.py).
 
-Losses are written to --lines as they come, one a line; what is in that file already is not run again. So a run that was
-cut short goes on where it was, and the table of a run elsewhere is made from its lines.
+Losses are written to a file of lines as they come; what is in that file already is not run again. So a run that was cut
+short goes on where it was, and the table of a run elsewhere is made from its lines.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,6 +28,7 @@ from hga_kvd_client.sketch import SketchSpec
 from rich.console import Console
 from rich.table import Table
 from simulate import CHUNK, Row, Simulation, hga_rule, oracle_rule, sketch_rule
+from torch import Tensor, multiprocessing
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 console = Console()
@@ -41,6 +42,8 @@ SWEEP_DIMS = (
     (24, 16), (32, 32),
 )  # fmt: skip
 SWEEP_BASIS = (512, 1024, 4096)
+# What the targets name; `--budgets` is for the table.
+OTHER_BUDGETS = (16, 8)
 # A text of this many tokens is what the model was trained for; RoPE is stretched for longer ones.
 TRAINED_TOKENS = 8192
 
@@ -98,21 +101,21 @@ def table_rows(budgets: tuple[int, ...], head_dim: int) -> list[Spec]:
     ]
 
 
-def sweep_rows(budgets: tuple[int, ...], head_dim: int) -> list[Spec]:
+def sweep_rows(head_dim: int) -> list[Spec]:
     quarter = head_dim // 4
     return [
-        *(sketch(four * head_dim // 64, two * head_dim // 64, n) for n in budgets for four, two in SWEEP_DIMS),
-        *(sketch(quarter, quarter, n, basis) for n in budgets for basis in SWEEP_BASIS),
+        *(sketch(four * head_dim // 64, two * head_dim // 64, n) for n in OTHER_BUDGETS for four, two in SWEEP_DIMS),
+        *(sketch(quarter, quarter, n, basis) for n in OTHER_BUDGETS for basis in SWEEP_BASIS),
     ]
 
 
-def drift_rows(budgets: tuple[int, ...], head_dim: int, start: int) -> list[Spec]:
+def drift_rows(head_dim: int, start: int) -> list[Spec]:
     """A basis of the first tokens; one of the last before `start`; none."""
     quarter = head_dim // 4
     basis = min(BASIS_TOKENS, start // 2)
     return [
         spec
-        for n in budgets
+        for n in OTHER_BUDGETS
         for spec in (
             sketch(quarter, quarter, n, basis),
             sketch(quarter, quarter, n, basis, start - basis),
@@ -158,55 +161,82 @@ def row_of(spec: Spec, head_dim: int, rope: Rope) -> Row | None:
     return Row(spec.label(), rule, state, spec.block_visibility, spec.kv_float8, spec.kind == "dense")
 
 
-def rope_of(model: Any, tokens: int) -> Rope:
-    """The model's RoPE, its base raised in the model first if the text is longer than it was trained for (NTK)."""
-    embedding = model.base_model.rotary_emb
-    pairs = len(embedding.inv_freq)
+def stretch(model: Any, inv_freq: Tensor, tokens: int) -> Rope:
+    """Gives the model its RoPE, inv_freq as it was trained with; the base is raised for texts longer than that (NTK)."""
+    pairs = len(inv_freq)
     if tokens > TRAINED_TOKENS:
-        place = torch.arange(pairs, device=embedding.inv_freq.device) / max(1, pairs - 1)
-        embedding.inv_freq = embedding.inv_freq * (tokens / TRAINED_TOKENS) ** -place
-    return Rope(tuple(embedding.inv_freq.float().cpu().tolist()), 2 * pairs)
+        place = torch.arange(pairs, device=inv_freq.device) / max(1, pairs - 1)
+        inv_freq = inv_freq * (tokens / TRAINED_TOKENS) ** -place
+    model.base_model.rotary_emb.inv_freq = inv_freq
+    return Rope(tuple(inv_freq.float().cpu().tolist()), 2 * pairs)
 
 
-Job = tuple[list[Spec], list[texts.Text], set[tuple[str, str]], str, Path]
+@dataclass(frozen=True)
+class Study:
+    """Rows over texts. path: its file of lines; the first line is a head, the others are losses."""
+
+    name: str
+    specs: list[Spec]
+    texts: list[texts.Text]
+    path: Path
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Writes the head, if there is none. Raises: SystemExit if the file is of other texts."""
+        config = {"what": self.name, "texts": len(self.texts), "length": len(self.texts[0][1]), **config}
+        if not self.path.exists():
+            self.path.write_text(json.dumps({"config": config, "made": results.stamp()}) + "\n")
+        found = self.read()[0]["config"]
+        for name in ("what", "texts", "length", "tokens"):
+            if found[name] != config[name]:
+                raise SystemExit(f"{self.path} has losses of {found}: give another --lines")
+
+    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The head and the losses."""
+        head, *lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return head, lines
+
+    def lacking(self) -> list[tuple[texts.Text, list[Spec]]]:
+        """Texts that lack losses, and the rows that they lack."""
+        done = {(line["row"], line["text"]) for line in self.read()[1]}
+        found = [(text, [spec for spec in self.specs if (spec.label(), text[0]) not in done]) for text in self.texts]
+        return [(text, specs) for text, specs in found if specs]
 
 
-def measure(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
-    """Emits one line a (row, text)."""
-    specs, documents, done, device, directory = job
+# What a process has to do: (study, text and its rows) in turn, device, config and weights of the model.
+Work = list[tuple[str, tuple[texts.Text, list[Spec]]]]
+
+
+def measure(work: Work, device: str, config: Any, weights: dict[str, Tensor], emit: Callable[[str, Any], None]) -> None:
+    """Emits (study, line) for every (row, text)."""
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
-    if device != "cpu":
-        torch.set_num_threads(1)
-    model, _ = smollm2.load(directory)
-    model.to(device)
-    rope = rope_of(model, len(documents[0][1]))
-    for name, tokens in documents:
+    model = smollm2.of_weights(config, weights).to(device)
+    inv_freq = model.base_model.rotary_emb.inv_freq
+    for study, ((name, tokens), specs) in work:
+        rope = stretch(model, inv_freq, len(tokens))
         ids = torch.from_numpy(tokens).to(device)
         simulation = Simulation(model, len(ids) // 2)
         dense = simulation.run(ids, None)
         for spec in specs:
-            if (spec.label(), name) in done:
-                continue
             started = time.perf_counter()
-            loss = simulation.run(ids, row_of(spec, head_dim_of(model.config), rope))
-            emit(
-                {
-                    "row": spec.label(),
-                    "text": name,
-                    "loss": loss,
-                    "loss_dense": dense,
-                    "opened": simulation.opened,
-                    "routable": simulation.routable,
-                    "seconds": round(time.perf_counter() - started, 3),
-                }
-            )
+            loss = simulation.run(ids, row_of(spec, head_dim_of(config), rope))
+            line = {
+                "row": spec.label(),
+                "text": name,
+                "loss": loss,
+                "loss_dense": dense,
+                "opened": simulation.opened,
+                "routable": simulation.routable,
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+            emit(study, line)
 
 
-def work(job: Job, lines: Any) -> None:
-    """`measure` in a process of its own: into the queue `lines`, then None."""
+def in_a_process(work: Work, device: str, config: Any, weights: dict[str, Tensor], lines: Any) -> None:
+    """`measure` into the queue `lines`, then None."""
+    torch.set_num_threads(1)
     try:
-        measure(job, lines.put)
+        measure(work, device, config, weights, lambda *line: lines.put(line))
     finally:
         lines.put(None)
 
@@ -215,46 +245,44 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def run(specs: list[Spec], documents: list[texts.Text], device: str, jobs: int, model: Path, path: Path) -> None:
-    """Adds to the file of lines what it lacks."""
-    done = {(line["row"], line["text"]) for line in read_lines(path)[1]}
-    lacking = [text for text in documents if any((spec.label(), text[0]) not in done for spec in specs)]
-    if not lacking:
+def run(studies: list[Study], device: str, jobs: int, directory: Path) -> None:
+    """Adds to the studies' files what they lack."""
+    paths = {study.name: study.path for study in studies}
+    parts: list[Work] = [[] for _ in range(jobs)]
+    for study in studies:
+        for part, lacking in zip(itertools.cycle(parts), study.lacking(), strict=False):
+            part.append((study.name, lacking))
+    parts = [part for part in parts if part]
+    if not parts:
         return
-    parts = [(specs, lacking[i::jobs], done, device, model) for i in range(min(jobs, len(lacking)))]
-    with path.open("a") as file:
+    config = smollm2.config(directory)
+    weights = smollm2.weights(directory, config)
 
-        def keep(line: dict[str, Any]) -> None:
+    def keep(study: str, line: dict[str, Any]) -> None:
+        with paths[study].open("a") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            gap = line["loss"] - line["loss_dense"]
-            print(f"{line['text']}: {line['row']}: {gap:+.4f} ({line['seconds']:.1f} s)", flush=True)
+        gap = line["loss"] - line["loss_dense"]
+        print(f"{study}: {line['text']}: {line['row']}: {gap:+.4f} ({line['seconds']:.1f} s)", flush=True)
 
-        if len(parts) == 1:
-            measure(parts[0], keep)
-            return
-        context = multiprocessing.get_context("spawn")
-        lines = context.Queue()
-        workers = [context.Process(target=work, args=(part, lines)) for part in parts]
-        for worker in workers:
-            worker.start()
-        left = len(workers)
-        while left:
-            line = lines.get()
-            if line is None:
-                left -= 1
-            else:
-                keep(line)
+    if len(parts) == 1:
+        measure(parts[0], device, config, weights, keep)
+        return
+    context = multiprocessing.get_context("spawn")  # torch's: weights are shared, not copied
+    lines = context.Queue()
+    workers = [context.Process(target=in_a_process, args=(part, device, config, weights, lines)) for part in parts]
+    for worker in workers:
+        worker.start()
+    left = len(workers)
+    while left:
+        line = lines.get()
+        if line is None:
+            left -= 1
+        else:
+            keep(*line)
     for worker in workers:
         worker.join()
         if worker.exitcode:
-            raise SystemExit(f"a process ended with {worker.exitcode}; what was measured is in {path}")
-
-
-def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The head of a file of lines, and the losses in it."""
-    head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return head, lines
+            raise SystemExit(f"a process ended with {worker.exitcode}; what was measured is kept")
 
 
 def summary(specs: list[Spec], lines: list[dict[str, Any]], head_dim: int) -> list[dict[str, Any]]:
@@ -321,57 +349,60 @@ def draw(table: list[dict[str, Any]], path: Path, across: str, title: str) -> No
 
 def main(
     tokens: Annotated[Path, typer.Option(help="arrays [documents, tokens] of token ids, as in the dev file")],
-    budgets: Annotated[str, typer.Option(help="groups per KV head of a layer's budget")] = "4,8,16,32",
+    budgets: Annotated[str, typer.Option(help="groups per KV head of a layer's budget, in the table")] = "4,8,16,32",
     documents: Annotated[int, typer.Option(help="how many documents; 0: all", min=0)] = 0,
     length: Annotated[int, typer.Option(help="tokens of each; 0: all", min=0)] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     jobs: Annotated[int, typer.Option(help="processes; a GPU is kept busy by several", min=1)] = 1,
-    sweep: Annotated[bool, typer.Option(help="sketches of many sizes instead of the table")] = False,
-    drift: Annotated[str, typer.Option(help="texts that change, instead of the table: start, turns or long")] = "",
-    extra: Annotated[bool, typer.Option(help="cover, routed prefill and fp8 K/V instead of the table")] = False,
-    lines: Annotated[Path | None, typer.Option(help="losses as they come; under build/quality if not told")] = None,
+    table: Annotated[bool, typer.Option(help="the table; also if nothing else is asked for")] = False,
+    sweep: Annotated[bool, typer.Option(help="sketches of many sizes")] = False,
+    extra: Annotated[bool, typer.Option(help="cover, routed prefill and fp8 K/V")] = False,
+    drift: Annotated[list[str] | None, typer.Option(help="texts that change: start, turns, long")] = None,
+    lines: Annotated[Path | None, typer.Option(help="directory of the losses; build/quality if not told")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="where the numbers go")] = None,
     model: Annotated[Path, typer.Option(help="directory of the weights")] = BUILD / "model",
-    record: Annotated[bool, typer.Option(help="add the table to bench/results/quality.jsonl")] = False,
+    record: Annotated[bool, typer.Option(help="add the tables to bench/results/quality.jsonl")] = False,
     plot: Annotated[bool, typer.Option(help="draw build/quality/*.png")] = True,
 ) -> None:
-    """Prints the table, and draws it."""
+    """Prints the tables, and draws them."""
     smollm2.ensure_model(model)
-    found = texts.documents(tokens, documents, length)
-    found = texts.drifting(found, drift) if drift else found
-    sizes, count, size = tuple(map(int, budgets.split(","))), len(found), len(found[0][1])
-    head_dim = head_dim_of(smollm2.config(model))
-    what = "sweep" if sweep else f"drift-{drift}" if drift else "extra" if extra else "table"
-    rows = (
-        sweep_rows(sizes, head_dim) if sweep
-        else drift_rows(sizes, head_dim, size // 2) if drift
-        else extra_rows(head_dim) if extra
-        else table_rows(sizes, head_dim)
-    )  # fmt: skip
     out = BUILD / "quality"
-    out.mkdir(parents=True, exist_ok=True)
-    path = lines or out / f"{what}.lines.jsonl"
-    config = {
-        "what": what, "tokens": tokens.name, "texts": count, "length": size,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device, "jobs": jobs,
-    }  # fmt: skip
-    if not path.exists():
-        path.write_text(json.dumps({"config": config, "made": results.stamp()}) + "\n")
-    head, _ = read_lines(path)
-    kept = {name: head["config"][name] for name in ("what", "tokens", "texts", "length")}
-    if any(config[name] != value for name, value in kept.items()):
-        raise SystemExit(f"{path} has losses of another run, {kept}: give another --lines")
-    run(rows, found, device, jobs, model, path)
-    losses = read_lines(path)[1]
-    table = summary(rows, losses, head_dim)
-    title = f"SmolLM2-135M, {count} texts of {size} tokens ({what}), loss over the second half"
-    show(table, title)
-    if plot:
-        draw(table, out / f"{what}.png", "state" if sweep else "fetched", title)
+    place = lines or out
+    for directory in (out, place):
+        directory.mkdir(parents=True, exist_ok=True)
+    head_dim = head_dim_of(smollm2.config(model))
+    found = texts.documents(tokens, documents, length)
+    asked: list[tuple[str, list[Spec], list[texts.Text]]] = []
+    if table or not (sweep or extra or drift):
+        asked.append(("table", table_rows(tuple(map(int, budgets.split(","))), head_dim), found))
+    if sweep:
+        asked.append(("sweep", sweep_rows(head_dim), found))
+    if extra:
+        asked.append(("extra", extra_rows(head_dim), found))
+    for how in drift or ():
+        changing = texts.drifting(found, how)
+        asked.append((f"drift-{how}", drift_rows(head_dim, len(changing[0][1]) // 2), changing))
+    studies = [Study(*one, place / f"{one[0]}.jsonl") for one in asked]
+    for study in studies:
+        name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+        study.begin({"tokens": tokens.name, "device": name, "jobs": jobs})
+    run(studies, device, jobs, model)
+    numbers = {}
+    for study in studies:
+        head, losses = study.read()
+        rows = summary(study.specs, losses, head_dim)
+        config = head["config"]
+        title = (
+            f"SmolLM2-135M, {config['texts']} texts of {config['length']} tokens ({study.name}), loss over half of it"
+        )
+        show(rows, title)
+        if plot:
+            draw(rows, out / f"{study.name}.png", "state" if study.name == "sweep" else "fetched", title)
+        if record:
+            results.append("quality", config, {"table": rows}, made=head["made"])
+        numbers[study.name] = {**head, "table": rows, "lines": losses}
     if json_path is not None:
-        json_path.write_text(json.dumps({**head, "table": table, "lines": losses}, indent=1) + "\n")
-    if record:
-        results.append("quality", head["config"], {"table": table}, made=head["made"])
+        json_path.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

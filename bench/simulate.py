@@ -127,7 +127,7 @@ class Simulation:
         self.sinks, self.recent = sink_chunks, recent_chunks
         self.opened = self.routable = 0
         self._row: Row | None = None
-        self._ids = torch.empty(0)
+        self._ids: Tensor | None = None
         self._prompt: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # layer: q, k, v
         self._hidden = torch.empty(0)
         AttentionInterface.register(NAME, self._attention)
@@ -137,7 +137,7 @@ class Simulation:
     def run(self, ids: Tensor, row: Row | None) -> float:
         """Mean loss of tokens start .. end of ids [tokens]; row None: dense. Sets `opened` and `routable`."""
         everything = row is not None and row.block_visibility
-        if not everything and not torch.equal(ids, self._ids):
+        if not everything and ids is not self._ids:
             self._row, self._prompt = None, {}
             self._hidden = self._forward(ids, 0, self.start)
             self._ids = ids

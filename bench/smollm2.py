@@ -54,24 +54,39 @@ def config(directory: Path) -> Any:
     return AutoConfig.from_pretrained(directory, gguf_file=FILE)
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model, tokenizer) from the GGUF file in directory, in eval mode on the CPU."""
+def weights(directory: Path, config: Any) -> dict[str, torch.Tensor]:
+    """The GGUF file's weights as float tensors, by the model's names. config: as `config` read it."""
     # Slow to import, and ensure_model does without.
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: PLC0415
 
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # only its names are looked at
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")  # gguf hands out read-only arrays
-        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=FILE)
-        model = AutoModelForCausalLM.from_config(config(directory), dtype=dtype)
         # What from_pretrained(gguf_file=) does too; but that wants the package accelerate, for nothing here.
-        weights = load_gguf_checkpoint(str(directory / FILE), return_tensors=True, model_to_load=model)["tensors"]
+        found: dict[str, torch.Tensor] = load_gguf_checkpoint(
+            str(directory / FILE), return_tensors=True, model_to_load=model
+        )["tensors"]
+    return found
+
+
+def of_weights(config: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Any:
+    """The model, in eval mode on the CPU."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if set(missing) - {"lm_head.weight"} or unexpected:  # tied to the embeddings
         raise RuntimeError(f"{FILE} does not fit the model: {missing} missing, {unexpected} unexpected")
     model.tie_weights()
-    return model.eval(), tokenizer
+    return model.eval()
 
 
-if __name__ == "__main__":
-    ensure_model(Path(sys.argv[1]))
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(model, tokenizer) from the GGUF file in directory, in eval mode on the CPU."""
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    found = config(directory)
+    model = of_weights(found, weights(directory, found), dtype)
+    return model, AutoTokenizer.from_pretrained(directory, gguf_file=FILE)
