@@ -182,7 +182,9 @@ def _serve(
         settings=settings,
         log=log,
         observe_fetch=metrics.fetch_seconds.observe if settings.metrics else None,
+        observe_wait=metrics.observe_wait if settings.metrics else None,
     )
+    metrics.watch_turns(service.calls.turns.waiting)
     with ExitStack() as stack:  # ends in reverse: first the calls, last the metrics
         if settings.metrics:
             stack.callback(metrics.serve(settings.metrics))

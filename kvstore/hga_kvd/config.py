@@ -108,6 +108,8 @@ class Settings(BaseSettings):
     inflight_bytes_max: Size = 2 * GIB
     # A stream that stalls holds one of rpc_threads. 1 GiB over a slow link (100 Mbit/s) takes 90 s.
     append_stream_s_max: float = Field(default=120, gt=0, le=86400)
+    # Calls with payload that wait for their turn, of one tenant; 64 clients with a lane have one each.
+    waiting_calls_max: int = Field(default=256, gt=0, le=65536)
     region_bytes_max: Size = 1 * GIB  # one client's shared memory
     clients_max: int = Field(default=64, gt=0, le=4096)
     sessions_max: int = Field(default=65536, gt=0)

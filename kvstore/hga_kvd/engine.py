@@ -279,6 +279,11 @@ class Engine:
             session = self._residency.session(session_id)
             return self._info(session, token_ids=session.token_ids())
 
+    def tenant(self, session_id: int) -> str:
+        """Whose session it is; "" also where there is none, which the call itself will say."""
+        session = self._residency.sessions.get(session_id)
+        return "" if session is None else session.tenant
+
     def record_bytes(self, session_id: int) -> int:
         with self._lock:
             return self._residency.session(session_id).table.geometry.record_bytes

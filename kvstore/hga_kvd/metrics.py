@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -81,6 +81,25 @@ class Metrics:
             buckets=FETCH_BUCKETS_S,
             registry=self.registry,
         )
+
+        self._wait_seconds = Histogram(
+            "hga_kvd_wait_seconds",
+            "Time that a call with payload waited for its turn",
+            labelnames=("size",),
+            buckets=FETCH_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._waiting_calls = Gauge(
+            "hga_kvd_waiting_calls", "Calls that wait for their turn", labelnames=("size",), registry=self.registry
+        )
+
+    def watch_turns(self, waiting: Callable[[], dict[str, int]]) -> None:
+        """waiting: how many calls wait, by size; asked at each scrape."""
+        for size in waiting():
+            self._waiting_calls.labels(size).set_function(lambda size=size: waiting()[size])  # type: ignore[misc]
+
+    def observe_wait(self, size: str, seconds: float) -> None:
+        self._wait_seconds.labels(size).observe(seconds)
 
     def serve(self, address: str) -> Callable[[], None]:
         """Answers HTTP on HOST:PORT from a thread of its own; returns what ends it. Raises StartRefused."""

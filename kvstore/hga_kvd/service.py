@@ -30,7 +30,7 @@ from structlog.typing import FilteringBoundLogger
 
 from hga_kvd import __version__, errors
 from hga_kvd.answers import Fetched, SessionInfo
-from hga_kvd.calls import Calls, Range, overdue_after
+from hga_kvd.calls import Calls, Range
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.geometry import Geometry
@@ -38,7 +38,7 @@ from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing, NotAttached
 from hga_kvd.lanes import Lanes
 from hga_kvd.memory import aligned_buffer
-from hga_kvd.refusals import ERROR_KEY, GivenUp, SharingRefused, refusal
+from hga_kvd.refusals import ERROR_KEY, SharingRefused, refusal
 
 U8 = npt.NDArray[np.uint8]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -73,13 +73,14 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         settings: Settings,
         log: FilteringBoundLogger,
         observe_fetch: Callable[[float], None] | None = None,
+        observe_wait: Callable[[str, float], None] | None = None,
     ) -> None:
         self.engine = engine
         self.landing = landing
         self.handover = handover
         self.settings = settings
         self.log = log
-        self.calls = Calls(engine, landing, settings, observe_fetch)
+        self.calls = Calls(engine, landing, settings, observe_fetch, observe_wait)
         self.lanes = Lanes(self.calls, settings.clients_max, log)
         self.started = time.monotonic()
         self._inflight_bytes = 0
@@ -209,9 +210,9 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 with self._inflight(expected):
                     payload = _gathered(first.payload, requests, header.chunk_count, expected)
                     watchdog.cancel()
-                    if not context.is_active():
-                        raise GivenUp
-                    count = self.engine.append(*place, payload, header.token_ids, header.epoch)
+                    count = self.calls.append_in_turn(
+                        *place, context.peer(), payload, header.token_ids, context.is_active, header.epoch
+                    )
         finally:
             watchdog.cancel()
         return kvd_pb2.AppendResponse(chunk_count=count)
@@ -239,9 +240,10 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 "split the call, or use shared memory"
             )
         payload = self._buffer(size)
-        overdue = overdue_after(start, request.deadline_us)
-        fetched = self.engine.fetch(request.session_id, keys, payload, request.epoch, overdue)
-        self.calls.observe(start)
+        end = start + request.deadline_us * 1e-6 if request.deadline_us else None
+        fetched = self.calls.fetch_in_turns(
+            request.session_id, context.peer(), keys, payload, context.is_active, request.epoch, start, end
+        )
         return _fetch_response(payload, fetched)
 
     @_answers
@@ -262,28 +264,31 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 f"the payload has {len(request.payload)} bytes; a message may have {self.settings.message_bytes_max}: "
                 "put fewer chunks in one call"
             )
-        self.engine.put_summaries(
-            request.session_id,
-            request.kind,
-            request.first_chunk,
-            request.chunk_count,
-            request.payload,
-            request.epoch,
-        )
+        with self.calls.turns.turn(self.engine.tenant(request.session_id), context.peer(), len(request.payload)):
+            self.engine.put_summaries(
+                request.session_id,
+                request.kind,
+                request.first_chunk,
+                request.chunk_count,
+                request.payload,
+                request.epoch,
+            )
         return kvd_pb2.PutSummariesResponse()
 
     @_answers
     def GetSummaries(
         self, request: kvd_pb2.GetSummariesRequest, context: grpc.ServicerContext
     ) -> kvd_pb2.GetSummariesResponse:
-        count, payload = self.engine.get_summaries(
-            request.session_id,
-            request.kind,
-            request.first_chunk,
-            request.chunk_count,
-            self.settings.message_bytes_max,
-            request.epoch,
-        )
+        bytes_max = self.settings.message_bytes_max  # more or less what it will be
+        with self.calls.turns.turn(self.engine.tenant(request.session_id), context.peer(), bytes_max):
+            count, payload = self.engine.get_summaries(
+                request.session_id,
+                request.kind,
+                request.first_chunk,
+                request.chunk_count,
+                bytes_max,
+                request.epoch,
+            )
         return kvd_pb2.GetSummariesResponse(chunk_count=count, payload=payload)
 
     @_answers

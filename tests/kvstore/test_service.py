@@ -78,7 +78,9 @@ class Running:
             settings=self.settings,
             log=log,
             observe_fetch=self.metrics.fetch_seconds.observe,
+            observe_wait=self.metrics.observe_wait,
         )
+        self.metrics.watch_turns(self.service.calls.turns.waiting)
         self.server = Server(self.service, self.settings)
         self.watcher = threading.Thread(target=self.service.watch_clients, args=(self.handover,))
         self.watcher.start()
@@ -484,6 +486,8 @@ def test_stat_and_metrics_tell_the_same(kvd):
     text = generate_latest(kvd.metrics.registry).decode()
     assert f"hga_kvd_fetched_ram_records_total {float(stats.fetched_ram_records)}" in text
     assert "hga_kvd_fetch_seconds_count 3.0" in text
+    assert 'hga_kvd_wait_seconds_count{size="small"} 4.0' in text
+    assert 'hga_kvd_waiting_calls{size="large"} 0.0' in text
     assert 'hga_kvd_info{io_engine="none"' in text
 
 

@@ -1,4 +1,4 @@
-"""The bulk load of profile `mixed`, a process of its own: `python -m hga_kvd.bench.loader TARGET append|read`.
+"""The bulk load of profile `mixed`, a process of its own: `python -m hga_kvd.bench.loader TARGET append|read TENANT`.
 
 append: sessions of 128 MiB, one after another, each flushed and deleted. read: whole extents of one such session, layer
 after layer, over and over. It prints `begun` when the load is on, and goes on until its standard input ends.
@@ -19,7 +19,7 @@ LOAD_BYTES = 128 << 20
 READ_CHUNKS = 8  # of one layer in a fetch: 1 MiB
 
 
-def main(target: str, load: str) -> None:
+def main(target: str, load: str, tenant: str) -> None:
     ended = threading.Event()
 
     def wait_for_the_end() -> None:
@@ -33,7 +33,7 @@ def main(target: str, load: str) -> None:
     if load == "append":
         print("begun", flush=True)
         while not ended.is_set():
-            with empty_session(connection, geometry, "load") as session:
+            with empty_session(connection, geometry, "load", tenant=tenant) as session:
                 for first in range(0, chunks, READ_CHUNKS):
                     if ended.is_set():
                         break
@@ -42,7 +42,7 @@ def main(target: str, load: str) -> None:
                     connection.append(session.session_id, first, READ_CHUNKS, payload)
                 connection.flush(session.session_id)
     else:
-        with filled_session(connection, geometry, chunks, "load") as session:
+        with filled_session(connection, geometry, chunks, "load", tenant=tenant) as session:
             print("begun", flush=True)
             watch, number = Stopwatch(None), 0
             while not ended.is_set():

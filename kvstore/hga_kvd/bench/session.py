@@ -96,9 +96,11 @@ class Stopwatch:
 
 
 @contextmanager
-def empty_session(connection: Connection, geometry: Geometry, purpose: str, seed: int = 0) -> Iterator[Stored]:
+def empty_session(
+    connection: Connection, geometry: Geometry, purpose: str, seed: int = 0, tenant: str = ""
+) -> Iterator[Stored]:
     """A named session, deleted at the end."""
-    opened = connection.open(f"hga-kvd-bench-{os.getpid()}-{purpose}", geometry)
+    opened = connection.open(f"hga-kvd-bench-{os.getpid()}-{purpose}", geometry, tenant=tenant)
     try:
         yield Stored(connection, opened.session_id, Content(geometry, seed), 0, np.random.default_rng(seed))
     finally:
@@ -107,10 +109,10 @@ def empty_session(connection: Connection, geometry: Geometry, purpose: str, seed
 
 @contextmanager
 def filled_session(
-    connection: Connection, geometry: Geometry, chunks: int, purpose: str, seed: int = 0
+    connection: Connection, geometry: Geometry, chunks: int, purpose: str, seed: int = 0, tenant: str = ""
 ) -> Iterator[Stored]:
     """A named session of so many chunks, flushed; deleted at the end."""
-    with empty_session(connection, geometry, purpose, seed) as empty:
+    with empty_session(connection, geometry, purpose, seed, tenant) as empty:
         empty.append(Stopwatch(None), chunks)
         connection.flush(empty.session_id)
         yield Stored(connection, empty.session_id, empty.content, chunks, empty.chance)
