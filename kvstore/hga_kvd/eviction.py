@@ -74,7 +74,7 @@ class Lrfu:
                 if not windows_left:
                     break
                 windows_left -= 1
-                self._rank(pinned)
+                self._rank(pinned, count - len(victims))
             take = slice(0, count - len(victims))
             # Used, freed or pinned since it was ranked: not this time.
             slots = self._ranked[take]
@@ -87,12 +87,12 @@ class Lrfu:
                 windows_left = -(-len(self._key) // WINDOW_SLOTS)
         return victims
 
-    def _rank(self, pinned: npt.NDArray[np.integer]) -> None:
-        """The next window's slots of least worth, least first."""
+    def _rank(self, pinned: npt.NDArray[np.integer], wanted: int) -> None:
+        """The next window's slots of least worth, least first; `wanted` of them or a share."""
         window = slice(self._window, self._window + WINDOW_SLOTS)
         self._window = window.stop if window.stop < len(self._key) else 0
         worth = np.where(pinned[window] == 0, self._log_worth[window], NOT_HERE)
-        count = max(1, len(worth) // RANKED_SHARE)
+        count = min(len(worth), max(wanted, len(worth) // RANKED_SHARE))
         least = np.argpartition(worth, min(count, len(worth) - 1))[:count]
         least = least[np.argsort(worth[least], kind="stable")]
         least = least[np.isfinite(worth[least])]

@@ -161,12 +161,18 @@ class Ring:
     def _run(self, count: int, step: int) -> Results:
         """Submits what is queued, by and by, and yields results in order, at least `step` at a time but for the last."""
         results = np.full(count, _UNKNOWN)
-        submitted = completed = read = told = busy_tries = 0
+        submitted = completed = read = known = told = busy_tries = 0
         while told < count:
             room = max(0, min(self._depth() - (submitted - completed), count - submitted))
             waiting = submitted + room - completed
+            ready = known - told >= step or known == count
+            if ready and not room:
+                yield results[told:known]
+                told = known
+                continue
+            # What is ready is told only when the device has as much to do as it may have.
             wanted = min(waiting, step) if submitted + room == count else max(1, waiting // _WAIT_DIVISOR)
-            error = self._enter(room, completed + wanted)
+            error = self._enter(room, 0 if ready else completed + wanted)
             before = completed
             submitted = count - ((int(self._sq_tail[0]) - int(self._sq_head[0])) & _MASK)
             completed = (int(self._cq_tail[0]) - int(self._cq_head[0])) & _MASK
@@ -175,15 +181,11 @@ class Ring:
                 raise OSError(error, "io_uring_enter: " + os.strerror(error))
             if busy_tries and error != errno.EINTR:
                 time.sleep(_BUSY_PAUSE_S)
-            if completed - told < step and completed < count:
-                continue
-            self._read(results, read, completed)
-            read = completed
-            unknown = results[told:] == _UNKNOWN
-            known = told + int(unknown.argmax()) if completed < count else count
-            if known - told >= step or known == count:
-                yield results[told:known]
-                told = known
+            if completed - told >= step or completed == count:
+                self._read(results, read, completed)
+                read = completed
+                unknown = results[told:] == _UNKNOWN
+                known = told + int(unknown.argmax()) if completed < count else count
 
     def _enter(self, submit_count: int, cqe_count: int) -> int:
         """Submits, and waits until so many completions are unread; 0 or errno.
