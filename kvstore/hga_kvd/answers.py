@@ -107,3 +107,8 @@ class Counters:
         self.fetches += 1
         self.fetched_ram_records += records
         self.fetched_ram_bytes += size
+
+    def count_read(self, records: int, size: int) -> None:
+        """What disk had of it."""
+        self.fetched_nvme_records += records
+        self.fetched_nvme_bytes += size

@@ -15,6 +15,8 @@ The engine's lock guards everything here except the copies, which touch only slo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -137,6 +139,27 @@ class SlotClass:
             self._doomed_count -= len(gone)
             self.state[gone] = EMPTY
             self._release(gone)
+
+    # The same for a few slots, none twice.
+
+    def take_one(self) -> int:
+        slot = self._free.pop()
+        self.held[slot] = True
+        self.held_count += 1
+        return slot
+
+    def pin_few(self, slots: Iterable[int]) -> None:
+        pins = self.pins.data
+        for slot in slots:
+            pins[slot] += 1
+
+    def unpin_few(self, slots: list[int]) -> None:
+        if self._doomed_count:
+            self.unpin(np.array(slots, np.int64))
+            return
+        pins = self.pins.data
+        for slot in slots:
+            pins[slot] -= 1
 
     def set_valid(self, slots: I64, records: I64, good: npt.NDArray[np.bool_]) -> None:
         """Ends FILLING of these records: VALID where good, else EMPTY. Doomed slots stay as they are."""

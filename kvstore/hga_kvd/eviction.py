@@ -30,6 +30,7 @@ HALF_LIFE_SLOTS = 8
 # Ranking 32 K slots takes 0.15 ms, with the residency's lock held; larger arenas are ranked a window at a time.
 WINDOW_SLOTS = 1 << 15
 RANKED_SHARE = 32  # one in so many of a window is ranked as next to go
+NOTED_MAX = 256  # slots in calls for a few, before the arrays hear of them
 NOT_HERE = np.inf  # worth of a slot that may not be evicted; adding a use to it changes nothing
 
 
@@ -45,17 +46,50 @@ class Lrfu:
         self._window = 0  # where the next ranking begins
         self._ranked: I64 = np.zeros(0, np.int64)
         self._ranked_worth: F64 = np.zeros(0)
+        # Noted by calls for a few slots, and not yet in the arrays. A slot that was admitted was free before, so nothing
+        # that is noted of it is older than that.
+        self._touched: list[tuple[int, float]] = []  # (slot, time)
+        self._admitted: list[tuple[int, int, float]] = []  # (slot, key, time)
 
     def __len__(self) -> int:
+        self._settle()
         return int(np.count_nonzero(np.isfinite(self._log_worth)))
 
     def touch(self, slots: I64) -> None:
         """A call asked for these slots. A slot named twice in one call counts once."""
+        self._settle()
         self._now += len(slots) * self._tick
         self._log_worth[slots] = np.logaddexp2(self._log_worth[slots], self._now)
 
+    def touch_few(self, slots: list[int]) -> None:
+        """As `touch`, slots named twice too, without an array."""
+        self._now += len(slots) * self._tick
+        self._touched += [(slot, self._now) for slot in {*slots}]
+        if len(self._touched) > NOTED_MAX:
+            self._settle()
+
+    def admit_one(self, slot: int, key: int) -> None:
+        """As `admit`, without an array."""
+        self._now += self._tick
+        self._admitted.append((slot, key, self._now))
+        if len(self._admitted) > NOTED_MAX:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Brings what is noted into the arrays."""
+        if self._admitted:
+            slots, keys, times = (np.array(column) for column in zip(*self._admitted, strict=True))
+            self._admitted.clear()
+            self._key[slots] = keys
+            self._log_worth[slots] = np.logaddexp2(self._past.worth(keys), times)
+        if self._touched:
+            slots, times = (np.array(column) for column in zip(*self._touched, strict=True))
+            self._touched.clear()
+            np.logaddexp2.at(self._log_worth, slots, times)
+
     def admit(self, slots: npt.ArrayLike, keys: npt.ArrayLike) -> None:
         """These slots now hold these clean extents and may be evicted."""
+        self._settle()
         slots, keys = np.asarray(slots, np.int64), np.asarray(keys, np.int64)
         self._now += len(slots) * self._tick
         self._key[slots] = keys
@@ -63,10 +97,12 @@ class Lrfu:
 
     def forget(self, slots: npt.ArrayLike) -> None:
         """These slots were freed for another reason; slots that were never admitted are fine."""
+        self._settle()
         self._log_worth[np.asarray(slots, np.int64)] = NOT_HERE
 
     def evict(self, count: int, pinned: npt.NDArray[np.integer]) -> list[int]:
         """Up to `count` slots to reuse now; fewer when the others are pinned (pinned[slot] != 0)."""
+        self._settle()
         victims: list[int] = []
         windows_left = -(-len(self._key) // WINDOW_SLOTS)
         while len(victims) < count:

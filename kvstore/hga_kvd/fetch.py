@@ -13,12 +13,14 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd import hits, misses
+from hga_kvd import few, hits, misses
 from hga_kvd.answers import STATUS_DAMAGED, STATUS_LATE, Counters, Fetched
 from hga_kvd.arena import FILLING, VALID
 from hga_kvd.damage import log_damaged, mark_damaged
 from hga_kvd.errors import LimitExceeded
+from hga_kvd.few import Few
 from hga_kvd.geometry import KEY_DTYPE, Keys
+from hga_kvd.hits import Found
 from hga_kvd.index import Session
 from hga_kvd.misses import Misses
 from hga_kvd.parts import Parts
@@ -62,13 +64,54 @@ class FetchPath:
             if not count:
                 return Fetched(None, 0, 0)
             session.use(now)
-            if (
-                count <= hits.FEW_KEYS
-                and len(destination) <= hits.FEW_BYTES
-                and hits.copy_few(session, pool, self._residency.memory, keys.tolist(), destination.data)
-            ):
+            found = plan = None
+            if count <= hits.FEW_KEYS and len(destination) <= hits.FEW_BYTES:
+                found = hits.find(session, pool, keys.tolist())
+            if found is not None and not found.missing:
+                hits.copy(self._residency.memory, found.starts, slots.record_bytes, destination.data)
+                pool.policy.touch_few(found.used)
                 counters.count_hits(count, len(destination))
                 return Fetched(None, count, 0)
+            if found is not None and not (overdue is not None and overdue()):
+                plan = few.claim(self._residency, self._parts.disk, self._segments, pool, found)
+            self.reading += foreground
+        try:
+            if found is not None and plan is not None and self._bring_few(pool, found, plan, destination, counters):
+                return Fetched(None, len(found.used), len(plan.misses))
+            return self._fetch_many(session, epoch, keys, destination, overdue, counters)
+        finally:
+            with self._lock:
+                self.reading -= foreground
+
+    def _bring_few(self, pool: Pool, found: Found, plan: Few, destination: U8, counters: Counters) -> bool:
+        """False: what was read is not what was written, and the general way has to look."""
+        assert self._parts.disk is not None
+        size, good = pool.slots.record_bytes, False
+        try:
+            good = few.bring(self._parts.disk, self._residency, pool, plan)
+            if good:
+                hits.copy(self._residency.memory, found.starts, size, destination.data)
+        finally:
+            with self._lock:
+                few.end(self._residency, pool, plan)
+                if good:
+                    counters.count_hits(len(found.used), len(found.used) * size)
+                    counters.count_read(len(plan.misses), len(plan.misses) * size)
+        return good
+
+    def _fetch_many(
+        self,
+        session: Session,
+        epoch: int,
+        keys: Keys,
+        destination: U8,
+        overdue: Callable[[], bool] | None,
+        counters: Counters,
+    ) -> Fetched:
+        pool = self._residency.pools[session.pool]
+        slots, count = pool.slots, len(keys)
+        with self._lock:
+            self._residency.session(session.session_id, epoch)
             try:  # numpy checks every index anyway; only a refusal looks for the one to blame
                 rows, layers, records = locate(session, keys)
                 sources = pool.table.slot[rows, layers]
@@ -84,11 +127,10 @@ class FetchPath:
             if not all_hit:
                 filling = state == FILLING
                 awaited = np.flatnonzero(filling)
-                awaited_slots = sources[awaited]
+                others = sources[awaited]
                 sources[~hit] = 0
                 absent = np.flatnonzero(~(hit | filling))
                 missing = misses.plan(self._residency, self._segments, pool, rows, layers, records, sources, absent)
-                self.reading += foreground
         bad = keep = late = None
         try:
             if missing is None:
@@ -101,30 +143,27 @@ class FetchPath:
             with self._lock:
                 slots.unpin(found)
                 if missing is not None:
-                    self.reading -= foreground
                     misses.end(self._residency, self._segments, pool, missing, keep)
                 counters.count_hits(len(found), len(found) * slots.record_bytes)
         if missing is None:
             return Fetched(None, count, 0)
         assert bad is not None
         assert late is not None
-        fetched = self._judge(session, epoch, keys, missing, bad, late, len(found) + len(awaited), counters)
+        fetched = self._judge(session, epoch, keys, missing, bad, late, len(found), len(awaited), counters)
         if not len(awaited):
             return fetched
         statuses = np.zeros(count, np.uint8) if fetched.statuses is None else fetched.statuses
-        if not self._wait_for_others(pool, awaited_slots, records[awaited], overdue):
+        if not self._wait_for_others(pool, others, records[awaited], overdue):
+            with self._lock:
+                counters.late_records += len(awaited)
             statuses[awaited] = STATUS_LATE
-            return Fetched(statuses, len(found), fetched.nvme_records)
+            return Fetched(statuses, fetched.ram_records, fetched.nvme_records)
         own = np.empty((len(awaited), slots.record_bytes), np.uint8)
-        others = self.fetch(session_id, keys[awaited], own.reshape(-1), epoch, now, overdue, background)
+        rest = self._fetch_many(session, epoch, keys[awaited], own.reshape(-1), overdue, counters)
         destination.reshape(count, -1)[awaited] = own
-        if others.statuses is not None:
-            statuses[awaited] = others.statuses
-        return Fetched(
-            statuses if statuses.any() else None,
-            len(found) + others.ram_records,
-            fetched.nvme_records + others.nvme_records,
-        )
+        statuses[awaited] = 0 if rest.statuses is None else rest.statuses
+        ram, nvme = fetched.ram_records + rest.ram_records, fetched.nvme_records + rest.nvme_records
+        return Fetched(statuses if statuses.any() else None, ram, nvme)
 
     def _wait_for_others(self, pool: Pool, slots: I64, records: I64, overdue: Callable[[], bool] | None) -> bool:
         """Waits until the calls that read these records have ended. False: the deadline came first."""
@@ -152,8 +191,10 @@ class FetchPath:
         bad: Bools,
         late: Bools,
         ram_records: int,
+        awaited: int,
         counters: Counters,
     ) -> Fetched:
+        """awaited: how many keys are another call's to read."""
         statuses = np.zeros(len(keys), np.uint8)
         statuses[missing.lost] = STATUS_DAMAGED
         statuses[missing.items.positions[bad]] = STATUS_DAMAGED
@@ -162,12 +203,11 @@ class FetchPath:
         statuses[missing.items.positions[late]] = STATUS_LATE
         statuses[missing.copies_to[late[missing.copies_of]]] = STATUS_LATE
         not_ok = int(np.count_nonzero(statuses))
-        read = len(keys) - ram_records - not_ok
+        read = len(keys) - ram_records - awaited - not_ok
         with self._lock:
             if damaged:  # or gone: the chunk's place on disk is given back when its last session lets go of it
                 self._residency.session(session.session_id, epoch)
-            counters.fetched_nvme_records += read
-            counters.fetched_nvme_bytes += read * missing.items.item_bytes
+            counters.count_read(read, read * missing.items.item_bytes)
             counters.late_records += not_ok - damaged
             marked = mark_damaged(session, keys[missing.items.positions[bad]], self._parts.counters)
         log_damaged(self._parts.log, session, marked)

@@ -1,17 +1,16 @@
-"""The part of a fetch that RAM answers. Under the residency's lock, and no I/O.
+"""The part of a small fetch that RAM answers. Under the residency's lock, and no I/O.
 
-`copy_few` is the way of a decode step that misses a record or two of its bank; anything it cannot answer whole, a miss
-or a key that does not exist, it declines, and the general way decides.
+`find` is the way of a decode step that misses a record or two of its bank. It says what is there and what is to be read;
+of anything else, as a key that does not exist, it says nothing, and the general way decides.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-import numpy as np
-
-from hga_kvd.arena import VALID
+from hga_kvd.arena import EMPTY, VALID
 from hga_kvd.index import Session
 from hga_kvd.parts import Parts
 from hga_kvd.residency import Pool
@@ -36,37 +35,54 @@ def fetch_few(parts: Parts, session_id: int, packed: bytes, into: memoryview, ep
         size = count * pool.slots.record_bytes
         if size > min(len(into), FEW_BYTES, parts.settings.fetch_bytes_max):
             return 0
-        if not copy_few(session, pool, residency.memory, KEY.iter_unpack(packed), into):
+        found = find(session, pool, KEY.iter_unpack(packed))
+        if found is None or found.missing:
             return 0
+        copy(residency.memory, found.starts, pool.slots.record_bytes, into)
+        pool.policy.touch_few(found.used)
         session.use(now)
         parts.counters.count_hits(count, size)
     return count
 
 
-def copy_few(
-    session: Session, pool: Pool, memory: memoryview, keys: Iterable[tuple[int, int, int]], into: memoryview
-) -> bool:
-    """Copies the records if the arena has all of them. keys: (group, KV head, layer). False: nothing was done."""
+@dataclass(slots=True, eq=False)
+class Found:
+    """starts: where each key's record lies in the arena; of a missing one, where slot 0 would have it."""
+
+    starts: list[int]
+    used: list[int]  # slots of those that are there
+    missing: list[tuple[int, int, int, int, int]]  # (key, row, layer, record, slot or 0) of the others
+
+
+def find(session: Session, pool: Pool, keys: Iterable[tuple[int, int, int]]) -> Found | None:
+    """Where the arena has these records. keys: (group, KV head, layer). None: there is more to it than hits and misses."""
     geometry, slots = pool.geometry, pool.slots
     layers, kv_heads, per_chunk = geometry.layers, geometry.kv_heads, geometry.groups_per_chunk
     group_count, size = session.chunk_count * per_chunk, slots.record_bytes
     row_of, slot_of = session.rows.data, pool.table.slot.data
     state, offset_of = slots.state.data, slots.offset.data
-    starts: list[int] = []
-    used: list[int] = []
-    for group, kv_head, layer in keys:
+    found = Found([], [], [])
+    for key, (group, kv_head, layer) in enumerate(keys):
         if group >= group_count or kv_head >= kv_heads or layer >= layers:
-            return False
+            return None
         chunk, place = divmod(group, per_chunk)
-        slot = slot_of[row_of[chunk], layer]
+        row = row_of[chunk]
+        slot = slot_of[row, layer]
         record = kv_head * per_chunk + place
-        if state[slot, record] != VALID:
-            return False
-        starts.append(offset_of[slot] + record * size)
-        used.append(slot)
+        here = state[slot, record]
+        if here == VALID:
+            found.used.append(slot)
+        elif here == EMPTY:
+            found.missing.append((key, row, layer, record, slot))
+        else:
+            return None
+        found.starts.append(offset_of[slot] + record * size)
+    return found
+
+
+def copy(memory: memoryview, starts: list[int], size: int, into: memoryview) -> None:
+    """The records that lie there, one after the other."""
     at = 0
     for start in starts:
         into[at : at + size] = memory[start : start + size]
         at += size
-    pool.policy.touch(np.array(used))
-    return True
