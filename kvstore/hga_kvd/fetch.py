@@ -121,8 +121,9 @@ class FetchPath:
             hit = state == VALID
             all_hit = np.count_nonzero(hit) == count
             found = sources if all_hit else sources[hit]
-            slots.pin(found)
-            pool.policy.touch(found)
+            if len(found):
+                slots.pin(found)
+                pool.policy.touch(found)
             missing = None
             if not all_hit:
                 filling = state == FILLING
@@ -141,7 +142,8 @@ class FetchPath:
                 )
         finally:
             with self._lock:
-                slots.unpin(found)
+                if len(found):
+                    slots.unpin(found)
                 if missing is not None:
                     misses.end(self._residency, self._segments, pool, missing, keep)
                 counters.count_hits(len(found), len(found) * slots.record_bytes)
@@ -195,6 +197,11 @@ class FetchPath:
         counters: Counters,
     ) -> Fetched:
         """awaited: how many keys are another call's to read."""
+        read = len(keys) - ram_records - awaited
+        if not (len(missing.lost) or bad.any() or late.any()):
+            with self._lock:
+                counters.count_read(read, read * missing.items.item_bytes)
+            return Fetched(None, ram_records, read)
         statuses = np.zeros(len(keys), np.uint8)
         statuses[missing.lost] = STATUS_DAMAGED
         statuses[missing.items.positions[bad]] = STATUS_DAMAGED
@@ -203,7 +210,7 @@ class FetchPath:
         statuses[missing.items.positions[late]] = STATUS_LATE
         statuses[missing.copies_to[late[missing.copies_of]]] = STATUS_LATE
         not_ok = int(np.count_nonzero(statuses))
-        read = len(keys) - ram_records - awaited - not_ok
+        read -= not_ok
         with self._lock:
             if damaged:  # or gone: the chunk's place on disk is given back when its last session lets go of it
                 self._residency.session(session.session_id, epoch)

@@ -75,17 +75,7 @@ def plan(
         assert ((rows[lost] == LOST_ROW) | (states == BAD)).all(), "a dirty chunk without its slots"
         row = rows[missing]
     place = (row * pool.geometry.layers + layers[missing]) * slots.records + records[missing]
-    order = np.argsort(place, kind="stable")
-    place = place[order]
-    first = np.ones(len(place), bool)
-    first[1:] = place[1:] != place[:-1]
-    copies_to, copies_of = missing[order[~first]], (np.cumsum(first) - 1)[~first]
-    keys, place = missing[order[first]], place[first]
-    if len(keys) > STEP:
-        turn = _in_turn(keys, place)
-        keys, place = keys[turn], place[turn]
-        copies_of = np.argsort(turn)[copies_of]
-
+    keys, copies_to, copies_of = _in_turn(missing, place)
     row, layer, record = rows[keys], layers[keys], records[keys]
     target, pinned = residency.claim_for_reads(pool, row, layer, record)
     sources[keys] = target
@@ -97,15 +87,27 @@ def plan(
     return Misses(items, target, record, segments, pinned, sources, copies_to, copies_of, lost)
 
 
-def _in_turn(keys: I64, place: I64) -> I64:
-    """The order in which to read: neighbours (place: ascending) together, and what the first keys ask for first, so that
-    it can be copied to the caller while the rest is read.
+def _in_turn(keys: I64, place: I64) -> tuple[I64, I64, I64]:
+    """(one key of each place, in the order in which to read; the other keys, and which of the first each is like).
+
+    Neighbours (place + 1) are read together, and what the first keys ask for first, so that it can be copied to the
+    caller while the rest is read.
     """
+    order = np.sort(place)
+    steps = order[1:] - order[:-1]
+    in_turn = np.count_nonzero(place[1:] - place[:-1] == 1) == np.count_nonzero(steps == 1)
+    if in_turn and steps.all():  # as most callers ask
+        return keys, keys[:0], keys[:0]
+    order = np.argsort(place, kind="stable")
+    place = place[order]
     first = np.ones(len(place), bool)
-    first[1:] = place[1:] - place[:-1] != 1
-    first_key = np.minimum.reduceat(keys, np.flatnonzero(first))
-    turn: I64 = np.argsort(first_key[np.cumsum(first) - 1], kind="stable")
-    return turn
+    first[1:] = place[1:] != place[:-1]
+    copies_to, copies_of = keys[order[~first]], (np.cumsum(first) - 1)[~first]
+    keys, place = keys[order[first]], place[first]
+    run = np.ones(len(place), bool)
+    run[1:] = place[1:] - place[:-1] != 1
+    turn = np.argsort(np.minimum.reduceat(keys, np.flatnonzero(run))[np.cumsum(run) - 1], kind="stable")
+    return keys[turn], copies_to, np.argsort(turn)[copies_of]
 
 
 def bring(
@@ -179,11 +181,13 @@ def _verified(
         for memory, mine in ((region, kept), (destination, ~kept)):
             failed[mine] = read(disk, items.part(mine), memory, starts[mine])
         parts = iter([(slice(0, len(items)), failed)])
+    all_kept = kept.all()
     for part, failed in parts:
         wrong = failed.copy()
-        for memory, mine in ((region, kept[part]), (destination, ~kept[part])):
-            if mine.any():
-                wrong[mine] |= items.part(part).part(mine).wrong(memory.data, starts[part][mine])
+        for memory, mine in () if all_kept else ((region, kept[part]), (destination, ~kept[part])):
+            wrong[mine] |= items.part(part).part(mine).wrong(memory.data, starts[part][mine])
+        if all_kept:
+            wrong |= items.part(part).wrong(region.data, starts[part])
         yield slice(which.start + part.start, which.start + part.stop), wrong
 
 

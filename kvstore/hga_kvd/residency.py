@@ -167,9 +167,10 @@ class Residency:
         if not victims:
             return
         gone = np.array(victims, np.int64)
-        for number in np.unique(slots.holder[gone, 0]).tolist():
-            mine = gone[slots.holder[gone, 0] == number]
-            self.pools[number].table.slot[slots.holder[mine, 1], slots.holder[mine, 2]] = 0
+        owner, row, layer = slots.holder[gone].T
+        for number in set(owner.tolist()):
+            mine = owner == number
+            self.pools[number].table.slot[row[mine], layer[mine]] = 0
         slots.free(gone)
         self.evicted_extents += len(gone)
 
@@ -206,25 +207,24 @@ class Residency:
         Extents that get no slot are read all the same, and not kept. End with `end_reads`.
         """
         slots, table, layer_count = pool.slots, pool.table, pool.geometry.layers
-        extents, extent_of = np.unique(rows * layer_count + layers, return_inverse=True)
-        row, layer = np.divmod(extents, layer_count)
-        slot = table.slot[row, layer]
-        present = slot[slot != 0]
-        slots.pin(present)  # before room is made, so that it is not made of them
-        pool.policy.touch(present)  # asked for, though not for a record that is there
-        absent = np.flatnonzero(slot == 0)
+        target = table.slot[rows, layers]
+        pinned = target[target != 0]
+        if len(pinned):
+            slots.pin(pinned)  # before room is made, so that it is not made of them
+            pool.policy.touch(pinned)  # asked for, though not for a record that is there
+        absent = np.unique((rows * layer_count + layers)[target == 0])
         count = self.make_room(pool, len(absent)) if len(absent) else 0
         if count:
-            fresh, got = slots.take(count), absent[:count]
-            self.hold(pool, fresh, row[got], layer[got])
+            fresh = slots.take(count)
+            self.hold(pool, fresh, *np.divmod(absent[:count], layer_count))
             self.make_evictable(pool, fresh)
             slots.pin(fresh)
-            slot[got] = fresh
-        target = slot[extent_of]
+            pinned = np.concatenate((pinned, fresh))
+            target = table.slot[rows, layers]
         target[slots.state[target, records] != EMPTY] = 0  # BAD: that place is never filled again
         filled = target != 0
         slots.state[target[filled], records[filled]] = FILLING
-        return target, slot[slot != 0]
+        return target, pinned
 
     def end_reads(self, pool: Pool, slots: I64, records: I64, keep: npt.NDArray[np.bool_] | None, pinned: I64) -> None:
         """keep: which of the records lie verified in their slot; None: none of them."""

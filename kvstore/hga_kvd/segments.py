@@ -253,12 +253,12 @@ class SegmentLog:
 
     def pin(self, segment_of: I64) -> tuple[tuple[Segment, ...], I64]:
         """These segments, none of which is removed before `unpin`, and the handle of each item's."""
-        handles = np.zeros(len(segment_of), np.int64)
-        segments = tuple(self.segments[segment_id] for segment_id in np.unique(segment_of).tolist())
-        for segment in segments:
+        ids = segment_of.tolist()
+        segments = {segment_id: self.segments[segment_id] for segment_id in set(ids)}
+        for segment in segments.values():
             segment.pins += 1
-            handles[segment_of == segment.segment_id] = segment.handle
-        return segments, handles
+        handles = np.array([segments[segment_id].handle for segment_id in ids], np.int64)
+        return tuple(segments.values()), handles
 
     def unpin(self, segments: tuple[Segment, ...]) -> None:
         for segment in segments:

@@ -136,10 +136,12 @@ def test_a_deadline_ends_the_wait_for_another_call() -> None:
 def test_what_the_first_keys_ask_for_is_read_first() -> None:
     """Keys in the order of the caller; neighbours stay together."""
     keys = np.array([0, 3, 4, 7, 8, 9])
-    place = np.array([50, 20, 21, 90, 51, 10])
-    by_place = np.argsort(place)
-    turn = misses._in_turn(keys[by_place], place[by_place])
-    assert keys[by_place][turn].tolist() == [0, 8, 3, 4, 7, 9]
+    in_turn, copies, _ = misses._in_turn(keys, np.array([50, 20, 21, 90, 51, 10]))
+    assert (in_turn.tolist(), copies.tolist()) == ([0, 8, 3, 4, 7, 9], [])
+    in_turn, copies, _ = misses._in_turn(keys, np.array([50, 51, 90, 20, 21, 10]))
+    assert (in_turn.tolist(), copies.tolist()) == (keys.tolist(), [])
+    in_turn, copies, of = misses._in_turn(keys, np.array([50, 20, 50, 90, 51, 20]))
+    assert (in_turn.tolist(), copies.tolist(), in_turn[of].tolist()) == ([0, 8, 3, 7], [9, 4], [3, 0])
 
 
 @pytest.mark.parametrize("geometry", [WIDE, Geometry(2, 2, 40, "bfloat16"), Geometry(3, 1, 24, "float8_e5m2")])
