@@ -158,7 +158,7 @@ class KvdServicer(object):
         FAILED_PRECONDITION  first_chunk is not the session's chunk_count (AppendOutOfOrder); or StaleEpoch
         INVALID_ARGUMENT     the payload's size is not chunk_count * chunk_bytes, or the shared range is not in the region
         RESOURCE_EXHAUSTED   RAM or NVMe is full, reads go on (StorageFull); or the call is larger than one call may be, or
-        too many payloads are on their way (LimitExceeded)
+        too many payloads are on their way, or wait for their turn (LimitExceeded)
         CANCELLED            the stream was not complete within the daemon's append_stream_s_max
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -171,7 +171,8 @@ class KvdServicer(object):
         FAILED_PRECONDITION  StaleEpoch
         INVALID_ARGUMENT     the keys are not whole, or the shared range is not in the region or too small
         OUT_OF_RANGE         a layer, KV head or group is not in the session (the first offender is named)
-        RESOURCE_EXHAUSTED   more keys or payload bytes than one call may have; split the call
+        RESOURCE_EXHAUSTED   more keys or payload bytes than one call may have: split the call; or too many calls of the
+        tenant wait for their turn
         UNAVAILABLE          the device answered with an error that may pass
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
