@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +18,7 @@ import numpy as np
 import results
 import typer
 from demo import BUILD
+from hga_kvd.bench.daemon import daemon_on
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry
 from hga_kvd_client.keys import extent_keys
@@ -30,24 +27,6 @@ GEOMETRY = Geometry(layers=48, kv_heads=4, head_dim=128, dtype="bfloat16", model
 STATE_SHARE = 0.053
 SINK_CHUNKS, RECENT_CHUNKS = 2, 8
 KIND = "bench.v1"
-
-
-@contextmanager
-def daemon(directory: Path) -> Iterator[str]:
-    target = f"unix:{directory / 'kvd.sock'}"
-    command = [sys.executable, "-m", "hga_kvd", "--nvme", str(directory / "kv"), "--ram", "1GiB", "--listen", target]
-    with (directory / "daemon.log").open("ab") as log:
-        process = subprocess.Popen([*command, "--scrub-rate", "0"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 60
-            while not (directory / "kvd.sock").exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the daemon did not start:\n{(directory / 'daemon.log').read_text()}")
-                time.sleep(0.05)
-            yield target
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
 
 
 def fill(connection: Connection, chunks: int) -> int:
@@ -106,16 +85,15 @@ def main(
     stored = chunks * GEOMETRY.chunk_bytes
     runs: list[dict[str, float]] = []
     try:
-        (directory / "kv").mkdir()
-        with daemon(directory) as target:
-            connection = Connection(target)
+        with daemon_on(directory, "1GiB", "--scrub-rate", "0") as daemon:
+            connection = daemon.connect()
             fill(connection, chunks)
             connection.disconnect()
         segment = max((directory / "kv").glob("segment-*"), key=lambda path: path.stat().st_size)
         for _ in range(repeats):
             before = sequential_gbs(segment, 2)
-            with daemon(directory) as target:
-                connection = Connection(target)
+            with daemon_on(directory, "1GiB", "--scrub-rate", "0") as daemon:
+                connection = daemon.connect()
                 summaries_s, total_s, size = resume(connection, chunks)
                 connection.disconnect()
             disk = (before + sequential_gbs(segment, 2)) / 2
