@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> int:
     for case in document["cases"]:
         case["gb_per_s"] = [round(value, 4) for value in case["gb_per_s"]]
     numbers = {"memcpy_gb_per_s": document["memcpy_gb_per_s"], "cases": document["cases"]}
-    way = {"transport": document["transport"], "landing": document["landing"]}
-    results.append("storage", {**document["options"], **way}, numbers, directory)
+    results.append("storage", document["options"], numbers, directory)
     return 0
 
 

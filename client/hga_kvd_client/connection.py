@@ -14,7 +14,8 @@ One caller at a time: a Connection has one region and no lock. Sessions of one c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -24,8 +25,8 @@ from hga_kvd_proto.v1 import kvd_pb2
 from hga_kvd_client import errors
 from hga_kvd_client.answers import Fetched, Opened, SessionInfo, opened, session_info
 from hga_kvd_client.geometry import Bytes, Geometry, Keys
-from hga_kvd_client.link import MIB, Link
-from hga_kvd_client.payload import Limits, append_once, fetch_once
+from hga_kvd_client.link import MIB, Answer, Link
+from hga_kvd_client.payload import Limits, append_once, begin_summaries, fetch_once, fetch_records_max
 from hga_kvd_client.target import checked_target, default_target
 
 
@@ -79,11 +80,6 @@ class Connection:
     def landing(self) -> Bytes | None:
         """The shared memory in which fetched records arrive; None where they come as bytes. Another after a restart."""
         return self._link.region.fetch_part if self._link.region is not None else None
-
-    @property
-    def huge_pages(self) -> bool:
-        """Whether the landing lies in huge pages."""
-        return self._link.region is not None and self._link.region.huge_pages
 
     def notice_replacement(self) -> bool:
         """Asks the daemon how long it has run. Returns whether it was replaced since that was last asked."""
@@ -270,6 +266,10 @@ class Connection:
             )
         return count
 
+    def fetch_records_max(self, session_id: int) -> int:
+        """Records of this session that one answer takes; a `fetch` of more is split, and costs a copy."""
+        return fetch_records_max(self._link, self._limits_of(session_id))
+
     def fetch(self, session_id: int, keys: Keys, epoch: int = 0, deadline_us: int = 0) -> Fetched:
         """Records of keys [n] (KEY_DTYPE), in their order. Split into several calls where one would be over a limit.
 
@@ -277,9 +277,7 @@ class Connection:
 
         Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, DeadlineExceeded.
         """
-        if self.reader is not None:
-            reader, self.reader = self.reader, None
-            reader()
+        self._free_landing()
         link, limits = self._link, self._limits_of(session_id)
         region = link.region
         if region is not None and region.lane is not None and not region.busy:
@@ -338,15 +336,51 @@ class Connection:
     def get_summaries(
         self, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int = 0
     ) -> tuple[int, bytes]:
-        """As many chunks from first_chunk on as fit in one message: their count and bytes.
+        """As many chunks from first_chunk on as fit in one answer: their count and bytes.
 
         Raises: SummariesNotFound, SessionNotFound, StaleEpoch.
         """
-        request = kvd_pb2.GetSummariesRequest(
-            session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count, epoch=epoch
-        )
-        answer = self._link.call("GetSummaries", request)
-        return int(answer.chunk_count), bytes(answer.payload)
+        self._free_landing()
+        asked = session_id, kind, first_chunk, chunk_count, epoch
+        count, found = self._link.repeat(partial(_at_once, partial(begin_summaries, self._link, *asked, half=0)))
+        return count, found.tobytes()
+
+    def summaries(
+        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int = 0
+    ) -> Generator[tuple[int, Bytes], None, None]:
+        """All of these chunks, as many at a time as fit in one answer: their count and bytes, gone with the next ones,
+        which the daemon reads meanwhile. Between two of them no other call may be made that brings payload.
+
+        Raises: SummariesNotFound at a chunk that has none; SessionNotFound, StaleEpoch.
+        """
+        self._free_landing()
+        end, half = first_chunk + chunk_count, 0
+        ahead: Callable[[], tuple[int, Bytes]] | None = None
+        try:
+            while first_chunk < end:
+                begin = partial(
+                    begin_summaries, self._link, session_id, kind, first_chunk, end - first_chunk, epoch, half
+                )
+                answer = None
+                if ahead is not None:
+                    waiting, ahead = ahead, None
+                    with contextlib.suppress(errors.Unavailable):
+                        answer = waiting()
+                count, found = answer or self._link.repeat(partial(_at_once, begin))
+                first_chunk, half = first_chunk + count, 1 - half
+                if first_chunk < end:
+                    ahead = begin_summaries(self._link, session_id, kind, first_chunk, end - first_chunk, epoch, half)
+                yield count, found
+        finally:
+            if ahead is not None:  # nothing may arrive any more when the next call is made
+                with contextlib.suppress(errors.KvdError):
+                    ahead()
+
+    def _free_landing(self) -> None:
+        """Waits until nobody reads the last records in place."""
+        if self.reader is not None:
+            reader, self.reader = self.reader, None
+            reader()
 
     def _append_part(
         self, session_id: int, first_chunk: int, chunk_count: int, payload: Bytes, token_ids: bytes, epoch: int
@@ -389,3 +423,7 @@ class Connection:
         if limits is None:
             raise errors.SessionNotFound(f"session {session_id} was not opened through this connection: open it first")
         return limits
+
+
+def _at_once(begin: Callable[[], Callable[[], Answer]]) -> Answer:
+    return begin()()

@@ -32,10 +32,11 @@ def extent_keys(geometry: Geometry, layer: int, first_chunk: int, chunk_count: i
 
 
 def check_statuses(statuses: Bytes | None, keys: Keys, group_tokens: int) -> None:
-    """statuses: a byte a key, 0 is OK; keys: of one layer. Raises: RecordsDamaged."""
+    """statuses: a byte a key, 0 is OK. Raises: RecordsDamaged, of the first layer that has damage."""
     if statuses is None or not statuses.any():
         return
     bad = keys[statuses != 0]
+    bad = bad[bad["layer"] == bad["layer"][0]]
     raise RecordsDamaged(
         int(bad["layer"][0]),
         np.unique(bad["kv_head"]).tolist(),

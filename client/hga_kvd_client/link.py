@@ -86,28 +86,40 @@ class Link:
         """One call, once. read: the region that the daemon reads for it. Raises: KvdError."""
         if read is not None:
             read.busy = True
+        if call in _LARGE_CALLS:
+            return self.begin(call, request, read)()
         try:
-            method = getattr(self._stub, call)
-            if call in _LARGE_CALLS:
-                pending = method.future(request, timeout=self._deadline_s)
-                try:
-                    answer = pending.result(timeout=self._deadline_s + DEADLINE_GRACE_S)
-                except grpc.FutureTimeoutError:
-                    pending.cancel()
-                    raise errors.DeadlineExceeded(self._no_answer(call)) from None
-            else:
-                answer = method(request, timeout=self._deadline_s)
+            answer = getattr(self._stub, call)(request, timeout=self._deadline_s)
         except grpc.RpcError as error:
-            code = error.code()
-            found = (item.value for item in error.trailing_metadata() or () if item.key == errors.MEANING_KEY)
-            raised = errors.from_status(call, code.name, error.details() or "", str(next(found, "")))
-            self._note_refusal(raised, read)
-            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raised = errors.DeadlineExceeded(self._no_answer(call))
-            raise raised from None
+            raise self._refusal(call, error, read) from None
         if read is not None:
             read.busy = False
         return answer
+
+    def begin(self, call: str, request: Any, read: Region | None = None) -> Callable[[], Any]:
+        """One call, once, begun now: what is returned waits for its answer, and then raises as `ask`."""
+        pending = getattr(self._stub, call).future(request, timeout=self._deadline_s)
+
+        def finish() -> Any:
+            try:
+                answer = pending.result(timeout=self._deadline_s + DEADLINE_GRACE_S)
+            except grpc.FutureTimeoutError:
+                pending.cancel()
+                raise errors.DeadlineExceeded(self._no_answer(call)) from None
+            except grpc.RpcError as error:
+                raise self._refusal(call, error, read) from None
+            if read is not None:
+                read.busy = False
+            return answer
+
+        return finish
+
+    def _refusal(self, call: str, error: grpc.RpcError, read: Region | None) -> errors.KvdError:
+        code = error.code()
+        found = (item.value for item in error.trailing_metadata() or () if item.key == errors.MEANING_KEY)
+        raised = errors.from_status(call, code.name, error.details() or "", str(next(found, "")))
+        self._note_refusal(raised, read)
+        return errors.DeadlineExceeded(self._no_answer(call)) if code is grpc.StatusCode.DEADLINE_EXCEEDED else raised
 
     def ask_lane(self, region: Region, call: str, verb: int, body: bytes, session_id: int, **fields: int) -> Completion:
         """One call on the region's lane, once. Raises: KvdError; Unavailable once when the lane was closed: repeat."""
@@ -250,7 +262,6 @@ class Link:
         except (OSError, ValueError) as error:
             self._use_bytes(f"{path} did not hand over the region: {error}")
             return None
-        region.huge_pages = answer.huge_pages
         way = "through the fast lane and" if region.lane else "through"
         logger.info("payloads go %s %d bytes of shared memory at %s", way, answer.region_bytes, self.target)
         return region

@@ -5,7 +5,7 @@ Each is an attempt, made again as a whole when the daemon went away: a new link 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from hga_kvd_client import errors
 from hga_kvd_client.answers import Fetched
 from hga_kvd_client.geometry import Bytes, Geometry, Keys
 from hga_kvd_client.link import Link
+from hga_kvd_client.region import PAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,46 @@ def _in_parts(header: kvd_pb2.AppendHeader, payload: Bytes, part_bytes: int) -> 
         yield kvd_pb2.AppendRequest(payload=payload[start : start + part_bytes].tobytes())
 
 
+def begin_summaries(
+    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, half: int
+) -> Callable[[], tuple[int, Bytes]]:
+    """Asks for as many as fit, in this half (0 or 1) of where fetches land, or in one message; what is returned waits for
+    them: chunks and bytes. Raises: as Connection's."""
+    request = kvd_pb2.GetSummariesRequest(
+        session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count, epoch=epoch
+    )
+    region = link.region
+    room = region.fetch_part.nbytes // 2 // PAGE_BYTES * PAGE_BYTES if region is not None else 0
+    if region is not None:
+        place = kvd_pb2.SharedRange(client_id=region.client_id, offset=half * room, bytes=room)
+        request.shared.CopyFrom(place)
+    finish = link.begin("GetSummaries", request)
+
+    def wait() -> tuple[int, Bytes]:
+        answer = finish()
+        if region is None:
+            return int(answer.chunk_count), np.frombuffer(bytearray(answer.payload), np.uint8)
+        return int(answer.chunk_count), region.fetch_part[half * room : half * room + answer.payload_bytes]
+
+    return wait
+
+
+def fetch_records_max(link: Link, limits: Limits) -> int:
+    """Records that one answer takes."""
+    region, record_bytes = link.region, limits.geometry.record_bytes
+    if region is None or record_bytes > region.fetch_part.nbytes:
+        return max(1, min(limits.fetch_keys_max, limits.message_bytes_max // record_bytes))
+    most = min(limits.fetch_keys_max, region.fetch_part.nbytes // record_bytes)
+    return min(most, layout.FETCH_KEYS_MAX) if region.lane is not None else most
+
+
 def fetch_once(link: Link, limits: Limits, session_id: int, keys: Keys, epoch: int, deadline_us: int) -> Fetched:
     """All parts of one fetch. Raises: as Connection's."""
     record_bytes = limits.geometry.record_bytes
     region = link.region
     if region is not None and record_bytes > region.fetch_part.nbytes:
         region = None
-    room = region.fetch_part.nbytes if region is not None else limits.message_bytes_max
-    most = max(1, min(limits.fetch_keys_max, room // record_bytes))
-    if region is not None and region.lane is not None:
-        most = min(most, layout.FETCH_KEYS_MAX)
+    most = fetch_records_max(link, limits)
     if region is not None and len(keys) <= most:
         records = region.fetch_part[: len(keys) * record_bytes].reshape(-1, record_bytes)
     else:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from hga_kvd_client.errors import InvalidRequest
-from hga_kvd_client.geometry import Geometry
+from hga_kvd_client.geometry import Bytes, Geometry
 from hga_kvd_client.options import Rope, SessionOptions
 from hga_kvd_client.routing import route_all, route_hga, route_sketch
 from hga_kvd_client.sketch import Basis, SketchSpec, log_mass
 from hga_kvd_client.sketches import BasisSearch, Sketches
-from hga_kvd_client.summaries import Summaries, Turns, mixed_mean
+from hga_kvd_client.summaries import Summaries, Turns, grown, mixed_mean
 
 # The paper's summaries: per chunk [layers, kv_heads, 1 + groups_per_chunk, head_dim] in the dtype of the K/V.
 HGA_KIND = "hga.v1"
@@ -139,11 +139,17 @@ class RoutingState:
         assert self.store is not None
         return self.store.packed(first_chunk, end_chunk).cpu().view(torch.uint8).numpy().tobytes()
 
-    def unpack(self, first_chunk: int, count: int, payload: bytes) -> None:
-        """The inverse of `packed`."""
+    def reserve(self, chunks: int) -> None:
+        """Makes room for so many chunks at once: a resumed session would copy what it has again and again."""
+        store = self.store
+        if isinstance(store, Sketches) and chunks > store.records.shape[2]:
+            store.records = grown(store.records, chunks - store.records.shape[2])
+
+    def unpack(self, first_chunk: int, count: int, payload: Bytes) -> None:
+        """The inverse of `packed`; payload is not kept."""
         assert self.store is not None
         geometry = self._geometry
-        values = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        values = torch.from_numpy(payload)
         if isinstance(self.store, Sketches):
             shape: tuple[int, ...] = (geometry.layers, geometry.kv_heads, self.store.spec.chunk_bytes)
         else:

@@ -9,11 +9,13 @@ What always holds:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,18 +108,36 @@ class StoredSession:
         for start in range(first, end, self._held.options.prefill_tile_chunks):
             chunks = min(self._held.options.prefill_tile_chunks, end - start)
             answer = self.fetch(extent_keys(geometry, layer, start, chunks))
-            shape = (chunks, geometry.kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens, geometry.head_dim)
-            tile = self.as_tensor(answer.records, shape).permute(3, 1, 0, 2, 4, 5)
-            k, v = tile.reshape(2, geometry.kv_heads, chunks * geometry.chunk_tokens, geometry.head_dim).unbind(0)
-            yield start, k.to(self._held.device), v.to(self._held.device), answer
+            k, v = self._halves(answer, 1, chunks)[0]
+            yield start, k, v, answer
+
+    def _halves(self, answer: Fetched, layers: int, chunks: int) -> list[tuple[Tensor, Tensor]]:
+        """K and V [kv_heads, tokens, head_dim] of each layer of whole extents. Copies."""
+        geometry = self.geometry
+        shape = (layers, chunks, geometry.kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens)
+        tiles = self.as_tensor(answer.records, (*shape, geometry.head_dim)).permute(0, 4, 2, 1, 3, 5, 6)
+        tokens = chunks * geometry.chunk_tokens
+        apart = tiles.reshape(layers, 2, geometry.kv_heads, tokens, geometry.head_dim).to(self._held.device)
+        return [(k, v) for k, v in apart]
 
     def all_layers(self, first: int, end: int) -> list[tuple[int, int, Tensor, Tensor]]:
-        """All layers of chunks first .. end-1: (layer, first token, k, v [kv_heads, tokens, head_dim]), in tiles."""
-        return [
-            (layer, chunk * self.geometry.chunk_tokens, k, v)
-            for layer in range(self.geometry.layers)
-            for chunk, k, v, _ in self.tiles(layer, first, end)
-        ]
+        """All layers of chunks first .. end-1: (layer, first token, k, v [kv_heads, tokens, head_dim]), in tiles.
+
+        A fetch brings as many layers as one answer takes: a window of ten chunks and 48 layers comes in three.
+        """
+        geometry, tile, found = self.geometry, self._held.options.prefill_tile_chunks, []
+        for start in range(first, end, tile):
+            chunks = min(tile, end - start)
+            room = self.connection.fetch_records_max(self._session_id)
+            step = max(1, room // (chunks * geometry.kv_heads * geometry.groups_per_chunk))
+            for layer in range(0, geometry.layers, step):
+                layers = range(layer, min(layer + step, geometry.layers))
+                keys = np.concatenate([extent_keys(geometry, each, start, chunks) for each in layers])
+                halves = self._halves(self.fetch(keys), len(layers), chunks)
+                found += [
+                    (each, start * geometry.chunk_tokens, k, v) for each, (k, v) in zip(layers, halves, strict=True)
+                ]
+        return found
 
     def as_tensor(self, records: Bytes, shape: tuple[int, ...]) -> Tensor:
         """A view of fetched bytes, in this process's memory; gone with the next fetch."""
@@ -131,6 +151,14 @@ class StoredSession:
             )
         except errors.SummariesNotFound:
             return None
+
+    def summaries(self, kind: str, first: int, count: int) -> Iterator[tuple[int, Bytes]]:
+        """Stored summaries of these chunks, up to one that has none: how many and their bytes, gone with the next ones. No
+        other call may be made in between."""
+        pages = self.connection.summaries(self._session_id, kind, first, count, epoch=self.epoch)
+        with contextlib.suppress(errors.SummariesNotFound), contextlib.closing(pages):
+            while (page := self.call(lambda: next(pages, None))) is not None:
+                yield page
 
     def token_ids(self) -> bytes:
         """Of all chunks, as in TokenIds; empty if some were never told."""

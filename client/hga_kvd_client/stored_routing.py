@@ -35,13 +35,14 @@ def restore(routing: RoutingState, stored: StoredSession, device: torch.device, 
     if routing.searching:
         _restore_basis(routing, stored, device)
     count = routing.count
+    routing.reserve(stored.chunks)
     while count is not None and count < stored.chunks:
-        page = stored.summary(routing.kind, count, stored.chunks - count)
-        if page is None:
+        for chunks, payload in stored.summaries(routing.kind, count, stored.chunks - count):
+            routing.unpack(count, chunks, payload)
+            count += chunks
+        if count < stored.chunks:
             logger.warning("summaries of chunks from %d on are computed again from stored keys (slow)", count)
             _make(routing, stored, count, min(count + tile_chunks, stored.chunks))
-        else:
-            routing.unpack(count, *page)
         count = routing.count
 
 

@@ -141,6 +141,26 @@ class Calls:
             )
         return np.frombuffer(packed, KEY_DTYPE), size
 
+    def summaries(
+        self,
+        session_id: int,
+        kind: str,
+        first_chunk: int,
+        chunk_count: int,
+        shared: Range,
+        wanted: Callable[[], bool],
+        epoch: int = 0,
+    ) -> tuple[int, int]:
+        """Routing state into the client's region: (chunks, bytes).
+
+        Raises: as Engine.read_summaries; NotAttached, GivenUp.
+        """
+        tenant, client = self.engine.tenant(session_id), shared.client_id
+        with self.landing.borrow(*shared) as destination, self.turns.turn(tenant, client, shared.bytes):
+            if not wanted():
+                raise GivenUp
+            return self.engine.read_summaries(session_id, kind, first_chunk, chunk_count, destination, epoch)
+
     def append(
         self,
         session_id: int,

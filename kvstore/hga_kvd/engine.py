@@ -34,7 +34,7 @@ from hga_kvd.fetch import FetchPath
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 from hga_kvd.index import Session
 from hga_kvd.integrity import Integrity
-from hga_kvd.memory import give_back_freed
+from hga_kvd.memory import aligned_buffer, give_back_freed
 from hga_kvd.parts import Parts
 from hga_kvd.prefetch import Part
 from hga_kvd.prefetcher import Prefetcher
@@ -360,12 +360,21 @@ class Engine:
     def get_summaries(
         self, session_id: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int, epoch: int = 0
     ) -> tuple[int, bytes]:
-        """(chunks, their routing state) for as many of the chunks as fit in bytes_max.
+        """As read_summaries, into memory of its own: (chunks, their routing state)."""
+        destination = aligned_buffer(bytes_max)
+        count, size = self.read_summaries(session_id, kind, first_chunk, chunk_count, destination, epoch)
+        return count, destination[:size].tobytes()
 
-        Raises: SessionNotFound (also when a chunk has none, or it is damaged), StaleEpoch, InvalidRequest,
+    def read_summaries(
+        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, destination: U8, epoch: int = 0
+    ) -> tuple[int, int]:
+        """The routing state of as many of the chunks as follow one another, have equal sizes, and fit in the destination,
+        1-D. Returns how many chunks, and how many bytes.
+
+        Raises: SessionNotFound (also when the first chunk has none, or one is damaged), StaleEpoch, InvalidRequest,
         LimitExceeded.
         """
-        return self._summary_path.get(session_id, epoch, kind, first_chunk, chunk_count, bytes_max)
+        return self._summary_path.get(session_id, epoch, kind, first_chunk, chunk_count, destination)
 
     def summary_kinds(self, session_id: int) -> dict[str, Bools]:
         """Which chunks have a summary of each kind that the session has. Raises: SessionNotFound."""

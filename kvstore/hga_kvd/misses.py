@@ -174,6 +174,7 @@ def _verified(
     kept, region = slots != 0, residency.arena.region
     starts = np.where(kept, pool.slots.starts(slots, misses.records[which]), items.positions * size)
     addresses = np.where(kept, residency.address, address_of(destination)) + starts
+    parts: Iterator[tuple[slice, Bools]]
     if can_go_straight(disk, items, addresses):
         parts = stream(disk, items, addresses, STEP)
     else:

@@ -8,7 +8,7 @@ to each other there; through a buffer they need not be, but then whole blocks ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +116,7 @@ def can_go_straight(disk: Disk, items: Items, addresses: I64) -> bool:
     return not bits & (disk.alignment - 1)
 
 
-def stream(disk: Disk, items: Items, addresses: I64, step: int) -> Iterator[tuple[slice, Bools]]:
+def stream(disk: Disk, items: Items, addresses: I64, step: int) -> Generator[tuple[slice, Bools], None, None]:
     """Disk straight to addresses, unverified. Yields the next items, brought while later ones are under way, and which
     of them the device could not read; those of at least `step` reads at a time, but for the last.
 

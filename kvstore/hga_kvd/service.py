@@ -279,17 +279,14 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
     def GetSummaries(
         self, request: kvd_pb2.GetSummariesRequest, context: grpc.ServicerContext
     ) -> kvd_pb2.GetSummariesResponse:
+        asked = request.session_id, request.kind, request.first_chunk, request.chunk_count
+        if request.HasField("shared"):
+            count, size = self.calls.summaries(*asked, _range(request.shared), context.is_active, request.epoch)
+            return kvd_pb2.GetSummariesResponse(chunk_count=count, payload_bytes=size)
         bytes_max = self.settings.message_bytes_max  # more or less what it will be
         with self.calls.turns.turn(self.engine.tenant(request.session_id), context.peer(), bytes_max):
-            count, payload = self.engine.get_summaries(
-                request.session_id,
-                request.kind,
-                request.first_chunk,
-                request.chunk_count,
-                bytes_max,
-                request.epoch,
-            )
-        return kvd_pb2.GetSummariesResponse(chunk_count=count, payload=payload)
+            count, payload = self.engine.get_summaries(*asked, bytes_max, request.epoch)
+        return kvd_pb2.GetSummariesResponse(chunk_count=count, payload=payload, payload_bytes=len(payload))
 
     @_answers
     def Close(self, request: kvd_pb2.CloseRequest, context: grpc.ServicerContext) -> kvd_pb2.CloseResponse:

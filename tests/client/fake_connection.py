@@ -170,6 +170,16 @@ class FakeConnection:
             page.append(summaries[kind, chunk])
         return len(page), b"".join(page)
 
+    def summaries(self, session_id, kind, first_chunk, chunk_count, epoch=0):
+        end = first_chunk + chunk_count
+        while first_chunk < end:
+            count, page = self.get_summaries(session_id, kind, first_chunk, end - first_chunk, epoch)
+            first_chunk += count
+            yield count, np.frombuffer(bytearray(page), np.uint8)
+
+    def fetch_records_max(self, session_id):
+        return 1000
+
     def info(self, session_id):
         session = self._session(session_id)
         ids = b"".join(session["ids"]) if all(session["ids"]) else b""

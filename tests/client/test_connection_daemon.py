@@ -112,6 +112,38 @@ def test_big_calls_are_split(daemon, way):
 
 
 @every_way
+@pytest.mark.parametrize("size", [40960, 41000])  # read in place; through a buffer
+def test_summaries_come_in_pages_read_ahead(daemon, way, size):
+    running = listening(daemon, environment={"HGA_KVD_MESSAGE_BYTES_MAX": "512KiB"})
+    with connected_by(way, running, region_bytes=2 << 20) as connection:
+        session_id = connection.open("s", WIDE).session_id
+        connection.append(session_id, 0, 60, payload(60, WIDE))
+        sent = np.random.default_rng(1).bytes(60 * size)
+        connection.put_summaries(session_id, "x", 0, 55, sent[: 55 * size])
+        for stored in (False, True):
+            pages = [(count, page.tobytes()) for count, page in connection.summaries(session_id, "x", 0, 55)]
+            assert len(pages) >= 4
+            assert sum(count for count, _ in pages) == 55
+            assert b"".join(page for _, page in pages) == sent[: 55 * size]
+            if not stored:
+                connection.park(session_id)
+        found = []
+        with pytest.raises(errors.SummariesNotFound):  # after all that come before the one that is not there
+            found.extend(count for count, _ in connection.summaries(session_id, "x", 0, 60))
+        assert sum(found) == 55
+        # One that is given up leaves nothing that could arrive later.
+        keys = all_keys(4, WIDE)
+        for _ in range(10):
+            pages = connection.summaries(session_id, "x", 0, 55)
+            next(pages)
+            pages.close()
+            assert (
+                connection.fetch(session_id, keys).records.tobytes()
+                == payload(60, WIDE)[: keys.size * WIDE.record_bytes].tobytes()
+            )
+
+
+@every_way
 def test_errors_of_the_daemon_are_typed(daemon, way):
     running = listening(daemon, nvme=False, environment={"HGA_KVD_FETCH_BYTES_MAX": "1MiB"})
     with connected_by(way, running) as connection:

@@ -375,8 +375,12 @@ def test_summaries() -> None:
     engine.put_summaries(session, "other", 1, 1, b"x" * 5000)
     assert engine.get_summaries(session, "k.v1", 0, 3, 100) == (3, b"aaabbbccc")
     assert engine.get_summaries(session, "k.v1", 1, 2, 5) == (1, b"bbb")
+    assert engine.get_summaries(session, "k.v1", 0, 4, 100) == (3, b"aaabbbccc")  # those that follow one another
     with pytest.raises(SessionNotFound, match=r"chunk 3 .* no summary of kind 'k.v1'"):
-        engine.get_summaries(session, "k.v1", 0, 4, 100)
+        engine.get_summaries(session, "k.v1", 3, 1, 100)
+    place = np.zeros(7, np.uint8)
+    assert engine.read_summaries(session, "k.v1", 1, 3, place) == (2, 6)
+    assert place.tobytes() == b"bbbccc\0"
     with pytest.raises(SessionNotFound, match="kind 'nothing'"):
         engine.get_summaries(session, "nothing", 0, 1, 100)
     with pytest.raises(LimitExceeded, match="5000 bytes"):

@@ -417,7 +417,9 @@ def test_summaries(kvd):
     kvd.stub.PutSummaries(kvd_pb2.PutSummariesRequest(**ask, first_chunk=0, chunk_count=2, payload=bytes(range(200))))
     answer = kvd.stub.GetSummaries(kvd_pb2.GetSummariesRequest(**ask, first_chunk=1, chunk_count=1))
     assert (answer.chunk_count, answer.payload) == (1, bytes(range(100, 200)))
-    missing = kvd_pb2.GetSummariesRequest(**ask, first_chunk=0, chunk_count=3)
+    answer = kvd.stub.GetSummaries(kvd_pb2.GetSummariesRequest(**ask, first_chunk=0, chunk_count=3))
+    assert (answer.chunk_count, answer.payload_bytes) == (2, 200)  # the third has none
+    missing = kvd_pb2.GetSummariesRequest(**ask, first_chunk=2, chunk_count=1)
     assert refused(kvd.stub.GetSummaries, missing)[0] == CODE.NOT_FOUND
     large = kvd_pb2.PutSummariesRequest(**ask, first_chunk=0, chunk_count=1, payload=bytes(MIB + 1))
     assert refused(kvd.stub.PutSummaries, large)[0] == CODE.RESOURCE_EXHAUSTED

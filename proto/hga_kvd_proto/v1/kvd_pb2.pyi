@@ -267,26 +267,30 @@ class PutSummariesResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class GetSummariesRequest(_message.Message):
-    __slots__ = ("session_id", "kind", "first_chunk", "chunk_count", "epoch")
+    __slots__ = ("session_id", "kind", "first_chunk", "chunk_count", "epoch", "shared")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     kind: str
     first_chunk: int
     chunk_count: int
     epoch: int
-    def __init__(self, session_id: _Optional[int] = ..., kind: _Optional[str] = ..., first_chunk: _Optional[int] = ..., chunk_count: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    shared: SharedRange
+    def __init__(self, session_id: _Optional[int] = ..., kind: _Optional[str] = ..., first_chunk: _Optional[int] = ..., chunk_count: _Optional[int] = ..., epoch: _Optional[int] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ...) -> None: ...
 
 class GetSummariesResponse(_message.Message):
-    __slots__ = ("chunk_count", "payload")
+    __slots__ = ("chunk_count", "payload", "payload_bytes")
     CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     chunk_count: int
     payload: bytes
-    def __init__(self, chunk_count: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    payload_bytes: int
+    def __init__(self, chunk_count: _Optional[int] = ..., payload: _Optional[bytes] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class CloseRequest(_message.Message):
     __slots__ = ("session_id",)
