@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hga_kvd_client.answers import Fetched
-from hga_kvd_client.attention import ExactAttention, decode_attention
+from hga_kvd_client.attention import ExactAttention, FlashAttention, decode_attention
 from hga_kvd_client.bank import Bank, Plan
 from hga_kvd_client.device_attending import DeviceAttending
 from hga_kvd_client.held import Held
@@ -64,7 +64,7 @@ class Attending:
 
     def exact_block(self, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
         """Tokens up to `seen`, each sees everything before it. Float32."""
-        attention = ExactAttention(q, scale)
+        attention = FlashAttention(q, scale) if FlashAttention.serves(q) else ExactAttention(q, scale)
         for _, k, v, answer in self._stored.tiles(layer, *self.routable()):
             attention.add(k, v)
             self._count_prefill(answer)

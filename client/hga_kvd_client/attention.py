@@ -102,3 +102,43 @@ class ExactAttention:
         self._total[:, :, start:end] = self._total[:, :, start:end] * kept + weights.sum(-1, keepdim=True).view(shape)
         self._values[:, :, start:end] = self._values[:, :, start:end] * kept + torch.bmm(weights, v).view(shape)
         self._largest[:, :, start:end] = largest.view(shape)
+
+
+class FlashAttention:
+    """As ExactAttention, on a GPU in half precision: torch's flash kernel a tile, merged by log-sum-exp in float32."""
+
+    def __init__(self, q: Tensor, scale: float) -> None:
+        """q: [kv_heads, ratio, tokens, head_dim]."""
+        self._shape, self._scale = q.shape, scale
+        self._q = q.reshape(1, -1, *q.shape[2:])
+        self._out = torch.zeros(self._q.shape, device=q.device)
+        self._lse = torch.full(self._q.shape[:3], -torch.inf, device=q.device)
+
+    @staticmethod
+    def serves(q: Tensor) -> bool:
+        if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+            return False
+        return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+    def add(self, k: Tensor, v: Tensor, causal_offset: int | None = None) -> None:
+        """As there; the block's own keys are the last ones where there is an offset."""
+        if causal_offset is None:
+            self._add(k, v, causal=False)
+            return
+        assert k.shape[1] == causal_offset + self._q.shape[2]
+        self._add(k[:, :causal_offset], v[:, :causal_offset], causal=False)
+        self._add(k[:, causal_offset:], v[:, causal_offset:], causal=True)
+
+    def result(self) -> Tensor:
+        """[kv_heads, ratio, tokens, head_dim], float32. Every query must have seen a key."""
+        return self._out.view(self._shape)
+
+    def _add(self, k: Tensor, v: Tensor, causal: bool) -> None:
+        if not k.shape[1]:
+            return
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, *_ = flash(self._q, k[None], v[None], 0.0, causal, False, scale=self._scale)
+        both = torch.logaddexp(self._lse, lse)
+        old, new = (self._lse - both).exp_()[..., None], (lse - both).exp_()[..., None]
+        self._out.mul_(old).addcmul_(out.float(), new)
+        self._lse = both

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hga_kvd_client import attention
-from hga_kvd_client.attention import ExactAttention, decode_attention
+from hga_kvd_client.attention import ExactAttention, FlashAttention, decode_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
@@ -69,3 +69,27 @@ def test_exact(kv_heads, ratio, tokens, before, tiles, scores_max, window_first,
     seen = torch.arange(stored + before + tokens) <= torch.arange(tokens)[:, None] + stored + before
     expected = scaled_dot_product_attention(q.double().flatten(0, 1), k, v, attn_mask=seen, scale=0.5)
     assert (got.flatten(0, 1) - expected).abs().max() < 2e-5 * spread
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("ratio", "tokens", "dim"), [(1, 1, 64), (3, 70, 80), (8, 130, 128)])
+def test_flash_tiles_are_exact_attention(dtype, ratio, tokens, dim):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    q = normal(2, ratio, tokens, dim)
+    assert FlashAttention.serves(q)
+    both = [FlashAttention(q, 0.2), ExactAttention(q, 0.2)]
+    for keys in (64, 200):
+        k, v = normal(2, 2, keys, dim)
+        for one in both:
+            one.add(k, v)
+    k, v = normal(2, 2, 30 + tokens, dim)
+    for one in both:
+        one.add(k, v, causal_offset=30)
+    mine, exact = (one.result() for one in both)
+    assert (mine - exact).norm() < (2e-3 if dtype == torch.float16 else 1.5e-2) * exact.norm()
