@@ -32,7 +32,7 @@ import results
 import torch
 import torch.nn.functional as F
 from hga_kvd_client.connection import Connection
-from hga_kvd_client.decode_step import DecodeStep, SketchState
+from hga_kvd_client.decode_step import PART_KEYS, DecodeStep, SketchState
 from hga_kvd_client.geometry import Geometry
 from hga_kvd_client.kernels import CONTROL_SIZE, WINDOW_TOKENS, attention
 from hga_kvd_client.sketch import Basis, Moments, SketchSpec, encode
@@ -40,7 +40,7 @@ from torch import Tensor
 
 SINK_CHUNKS, RECENT_CHUNKS, BANK_GROUPS, GROUPS_PER_HEAD = 2, 8, 128, 16
 MIB = 1 << 20
-PHASES = ("total", "write", "launch", "sync", "fetch")
+PHASES = ("total", "launch", "sync", "fetch")
 
 
 class Sequence:
@@ -61,8 +61,9 @@ class Sequence:
         self.spec = SketchSpec.of_basis(dim)
         self.spectrum = torch.logspace(0.65, -0.65, dim, device=device)
         self.session_id = connection.open("", geometry).session_id
-        self.basis = [self._basis() for _ in range(layers)]
-        stacked = Basis(*(torch.stack([getattr(b, name) for b in self.basis]) for name in ("to_y", "to_z", "centre")))
+        of_layers = [self._basis() for _ in range(layers)]
+        stacked = Basis(*(torch.stack([getattr(b, name) for b in of_layers]) for name in ("to_y", "to_z", "centre")))
+        self.to_z, self.centre = stacked.to_z, stacked.centre
         self.records = torch.empty(layers, kv_heads, chunks, self.spec.chunk_bytes, dtype=torch.uint8, device=device)
         part = max(1, connection.append_bytes_max() // geometry.chunk_bytes)
         shape = (layers, kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens, dim)
@@ -77,12 +78,12 @@ class Sequence:
             torch.from_numpy(payload).view(self.dtype).view(extents.shape).copy_(extents)
             connection.append(self.session_id, first, count, payload)
         self.window_tokens = (SINK_CHUNKS + RECENT_CHUNKS) * geometry.chunk_tokens + geometry.chunk_tokens // 2
-        capacity = (SINK_CHUNKS + RECENT_CHUNKS + 2) * geometry.chunk_tokens
+        capacity = (SINK_CHUNKS + RECENT_CHUNKS + 1) * geometry.chunk_tokens
         self.window = torch.randn(layers, 2, kv_heads, capacity, dim, device=device).to(self.dtype)
         budget = GROUPS_PER_HEAD * kv_heads
         self.states = [
-            SketchState(self.spec, b.to_z.contiguous(), b.centre, r, budget)
-            for b, r in zip(self.basis, self.records, strict=True)
+            SketchState(self.spec, z, centre, records, budget)
+            for z, centre, records in zip(self.to_z, self.centre, self.records, strict=True)
         ]
         self.step = DecodeStep(geometry, ratio, BANK_GROUPS, budget, capacity, self.dtype, device)
         self.step.register(connection.landing)
@@ -100,10 +101,9 @@ class Sequence:
 
     def state_bytes(self) -> dict[str, int]:
         """On the device, for one session: what grows with the context, and what does not."""
-        basis = sum(t.nbytes for b in self.basis for t in (b.to_y, b.to_z, b.centre))
         return {
             "sketches": self.records.nbytes,
-            "basis": basis,
+            "basis": self.to_z.nbytes + self.centre.nbytes,  # a session keeps to_y in the host's memory
             "window": self.window.nbytes,
             "bank": self.step.records.nbytes,
             "step": self.step.resident_bytes() - self.step.records.nbytes,
@@ -120,37 +120,32 @@ class Sequence:
         """One token through all layers. Host times of its phases in s, misses and opened groups."""
         step, connection, clock = self.step, self.connection, time.perf_counter
         per_chunk = self.geometry.groups_per_chunk
-        start = wait = fetch = land = written = 0.0
+        launch = wait = fetch = 0.0
         misses = opened = 0
         begun = clock()
         step.begin(0, self.window, self.states, self.scale, self.window_tokens, SINK_CHUNKS * per_chunk, self.groups)
-        places = self.window[:, :, :, self.window_tokens - 1 :][:, :, :, :1].unbind(0)
         for layer in range(self.geometry.layers):
             t0 = clock()
-            k, v = places[layer].unbind(0)
-            k.copy_(self.k[layer])
-            v.copy_(self.v[layer])
-            written += clock() - t0
-            step.start(layer, q[layer])
+            step.start(layer, q[layer], self.k[layer], self.v[layer])
             t1 = clock()
             keys = step.misses(layer)
             t2 = clock()
-            start, wait = start + t1 - t0, wait + t2 - t1
+            launch, wait = launch + t1 - t0, wait + t2 - t1
             if len(keys):
                 answer = connection.fetch(self.session_id, keys)
-                t3 = clock()
                 if answer.statuses is not None and answer.statuses.any():
+                    step.abandon(layer)
                     raise RuntimeError("a record came back damaged or late")
                 step.land(layer, answer.records)
-                fetch, land = fetch + t3 - t2, land + clock() - t3
-            self.out = step.result(layer)
+                fetch += clock() - t2
+            self.out = step.result()
             misses, opened = misses + len(keys), opened + step.opened_count(layer)
         t0 = clock()
         synchronize(self.device)
         done = clock()
         return {
-            "total": done - begun, "write": written, "launch": start + land - written, "sync": wait + done - t0,
-            "fetch": fetch, "misses": misses, "opened": opened,
+            "total": done - begun, "launch": launch, "sync": wait + done - t0, "fetch": fetch, "misses": misses,
+            "opened": opened,
         }  # fmt: skip
 
     def calibrated(self, hit_rate: float) -> float:
@@ -164,40 +159,40 @@ class Sequence:
         return 1 - (low * high) ** 0.5
 
     def device_times(self) -> dict[str, float]:
-        """GPU time in s of the parts of a token, each alone for all layers in one graph. Ends what the bank holds."""
+        """GPU time in s of the parts of a token, each alone for all layers in one graph. Attention and copy are of the
+        groups that the last layer of the last token opened, and of its misses. Ends what the bank holds."""
         step, layers = self.step, range(self.geometry.layers)
         step._side = None  # one after the other here
-        source = step._landing.words if step._landing is not None else None
+        held, late = slice(step._near, step._early), slice(step._early, None)
 
         def route(layer: int) -> None:
-            state = self.states[layer]
-            step._choose_by_sketch(state, self.scale)
-            tables, lists = step._tables[layer], step._lists
-            capacity = step._mass.shape[1]
+            state, window = self.states[layer], self.window[layer]
+            step._calls.take(
+                step._mail[layer], step._control, step._q, *window, step._chosen, self.scale, state.to_z, step._z
+            )
+            step._choose_by_sketch(state)
+            tables, lists, capacity = step._tables[layer], step._lists, step._mass.shape[1]
             step._calls.place(
                 step._chosen, step._control, layer, state.budget, capacity, tables, lists, step._mail[layer]
             )
 
         def attend(layer: int) -> None:
-            calls, lists, q, scale = step._calls, step._lists, step._q, self.scale
-            near, held, late = step._near, step._early, step._out.shape[0]
+            calls, lists, near = step._calls, step._lists, step._near
             k, v = self.window[layer]
-            calls.window_parts(q, k, v, step._control, scale, 64, step._out[:near], step._lse[:near])
-            records, slots = step.records[layer], step._part_slots
-            out, lse = step._out, step._lse
-            calls.paged_parts(q, records, lists.held, lists.held_counts, scale, slots, out[near:held], lse[near:held])
-            calls.merge(out[:held], lse[:held], step._results[layer], step._lse_of_all)
-            calls.paged_parts(q, records, lists.late, lists.late_counts, scale, slots, out[held:late], lse[held:late])
-            calls.merge(out, lse, step._results[layer], step._lse_of_all)
+            out, lse = step._out[:near], step._lse[:near]
+            calls.window_parts(step._q, k, v, step._control, self.scale, PART_KEYS, out, lse)
+            step._attend(layer, lists.held, lists.held_counts, held)
+            step._attend(layer, lists.late, lists.late_counts, late)
+            calls.merge(step._out, step._lse, step._result, step._lse_of_all)
 
         def copy(layer: int) -> None:
-            place = step._staging if source is None else source
-            step._calls.land(place, step._mail[layer], step._lists, step.records[layer])
+            step._calls.land(step._mail[-1], step._control, step._lists, step.records[layer])
 
-        return {
-            name: graph_s([partial(work, layer) for layer in layers], self.device)
-            for name, work in (("routing", route), ("attention", attend), ("copy", copy))
-        }
+        synchronize(self.device)
+        copied = int(step._lists.late_counts.sum())
+        parts = (("attention", attend), ("copy", copy), ("routing", route))
+        times = {name: graph_s([partial(work, layer) for layer in layers], self.device) for name, work in parts}
+        return times | {"copied_records": copied}
 
 
 def synchronize(device: torch.device) -> None:
@@ -306,7 +301,9 @@ def run_context(connection: Connection, geometry: Geometry, ratio: int, tokens: 
     sequence = Sequence(connection, geometry, ratio, tokens // geometry.chunk_tokens, device)
     filled = time.perf_counter() - began
     rows = [measure(sequence, sequence.calibrated(hit), steps) for hit in hits]
-    device_ms = {f"{n}_gpu": s * 1e3 for n, s in sequence.device_times().items()}
+    device_times = sequence.device_times()
+    copied = device_times.pop("copied_records")
+    device_ms = {f"{n}_gpu": s * 1e3 for n, s in device_times.items()} | {"copied_records": copied}
     state, full = sequence.state_bytes(), sequence.full_bytes()
     connection.close(sequence.session_id)
     del sequence
@@ -324,17 +321,17 @@ def run_context(connection: Connection, geometry: Geometry, ratio: int, tokens: 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = "tokens   hit   total  dense  naive | write  launch   sync  fetch | routing   copy  attention | GPU memory of K/V"
+    head = "tokens   hit   total  dense  naive | launch   sync  fetch | routing   copy (records)  attention | memory of K/V"
     lines = [
-        "ms, one token, all layers; write to fetch: the host's time; routing to attention: GPU time, each alone",
+        "ms, one token, all layers; launch to fetch: the host's time; routing to attention: GPU time, each alone",
         head,
     ]
     for r in rows:
         dense = min(v for n, v in r.items() if n.startswith("dense_"))
         lines.append(
             f"{r['tokens']:7d} {r['bank_hit_rate']:5.3f} {r['total']:7.2f} {dense:6.2f} {r['naive']:6.1f} | "
-            f"{r['write']:5.2f} {r['launch']:7.2f} {r['sync']:6.2f} {r['fetch']:6.2f} | {r['routing_gpu']:7.2f} "
-            f"{r['copy_gpu']:6.2f} {r['attention_gpu']:10.2f} | {r['resident_fraction']:.2%}"
+            f"{r['launch']:6.2f} {r['sync']:6.2f} {r['fetch']:6.2f} | {r['routing_gpu']:7.2f} "
+            f"{r['copy_gpu']:6.2f} {r['copied_records']:9d} {r['attention_gpu']:10.2f} | {r['resident_fraction']:.2%}"
         )
     return "\n".join(lines)
 

@@ -1,18 +1,20 @@
 """The decode step of one token on the device: route, bank and attention of a layer, without a synchronisation but one.
 
     step.begin(...)                # once a token
-    step.start(layer, q)           # queued: route, bank, attention to what is resident
+    step.start(layer, q, k, v)     # the whole layer is queued
     keys = step.misses(layer)      # the one synchronisation
-    step.land(layer, records)      # only if there are misses: their bytes to the bank, and attention to them
-    out = step.result(layer)
+    step.land(layer, records)      # only if there are misses: they are there, the device may go on
+    out = step.result()
 
 What always holds:
 - Attention is over [window | opened groups], in parts; what is resident is attended while the misses travel, and the
-  parts are merged by log-sum-exp. A layer without misses is done when the host learns that.
-- All shapes are fixed; nothing is allocated in a step. Each half of a layer's step is a CUDA graph, made at the second
-  step that finds its tensors in the same places, and made again when one has moved (a window or a routing state grew).
+  parts are merged by log-sum-exp.
+- All shapes are fixed; nothing is allocated in a step. A layer's step is one CUDA graph, made the second time and made
+  again when one of its tensors has moved (a window or a routing state grew).
+- Inside the graph the device waits for `land`. From `start` until `land` or `abandon` the caller must make no other call
+  that waits for the device: it would wait for the caller.
 - The bank names misses before their bytes are there. `abandon` forgets the layer if they do not come.
-- On CPU tensors the twins run in the same order.
+- On CPU tensors, and before the graph is made, the same work is done in two halves, before `misses` and after `land`.
 
 Shared by the layers: buffers of the parts and lists. Per layer: the bank (records and tables) and a mailbox.
 """
@@ -20,21 +22,41 @@ Shared by the layers: buffers of the parts and lists. Per layer: the bank (recor
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hga_kvd_client.geometry import KEY_DTYPE, Bytes, Geometry, Keys
-from hga_kvd_client.kernels import CONTROL_SIZE, FIRST_GROUP, GROUPS, STEP, WINDOW_TOKENS, attention, bank, select
+from hga_kvd_client.kernels import (
+    CONTROL_SIZE,
+    COUNT_MASK,
+    FIRST_GROUP,
+    GROUPS,
+    MAIL_K,
+    MAIL_POSTED,
+    MAIL_Q,
+    MAIL_READY,
+    MAIL_SOURCE,
+    MAIL_V,
+    OPENED_SHIFT,
+    STEP,
+    STEP_SHIFT,
+    WINDOW_TOKENS,
+    attention,
+    bank,
+    mail_keys,
+    mail_words,
+    select,
+    take,
+)
 from hga_kvd_client.kernels import sketch as sketch_kernels
 from hga_kvd_client.kernels.hga import open_hga
 from hga_kvd_client.sketch import SketchSpec
@@ -47,18 +69,20 @@ cuda: Any = torch.cuda
 PART_KEYS = 64
 # A route that takes longer than this has failed: the device is asked why.
 ROUTE_MAX_S = 10.0
+NO_KEYS: Keys = np.empty(0, KEY_DTYPE)
 
 
 @dataclass(frozen=True)
 class SketchState:
     """Of one layer: to_z [kv_heads, head_dim, head_dim], centre [kv_heads, head_dim], records [kv_heads, chunks, bytes];
-    budget: groups of the layer."""
+    budget: groups of the layer; cover: as in SessionOptions."""
 
     spec: SketchSpec
     to_z: Tensor
     centre: Tensor
     records: Tensor
     budget: int
+    cover: float = 1.0
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.to_z, self.centre, self.records
@@ -86,7 +110,7 @@ class Calls(NamedTuple):
     window_parts: Callable[..., None]
     paged_parts: Callable[..., None]
     merge: Callable[..., None]
-    project: Callable[..., None]
+    take: Callable[..., None]
     log_mass: Callable[..., None]
     pool: Callable[..., None]
     gather: Callable[..., None]
@@ -96,40 +120,26 @@ class Calls(NamedTuple):
 
     @classmethod
     def of(cls, suffix: str) -> Calls:
-        modules = (attention, sketch_kernels, select, bank)
+        modules = (attention, take, sketch_kernels, select, bank)
         return cls(*(next(getattr(m, n + suffix) for m in modules if hasattr(m, n + suffix)) for n in cls._fields))
 
 
 KERNELS, TWINS = Calls.of(""), Calls.of("_twin")
 
 
-class _Replayed:
-    """Calls of one layer's half: run as they are the first time, then as a graph while their tensors stay in place."""
-
-    def __init__(self) -> None:
-        self._seen = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def run(self, work: Callable[[], None], version: int, pool: Any) -> None:
-        """version: another one, never 0, when the tensors that `work` uses have moved. pool: of graphs of one version: with
-        the last graph of a pool goes the pool."""
-        if version != self._seen:
-            # The first run compiles what is not compiled yet, which a capture must not.
-            self._seen, self._graph = version, None
+def _captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """pool: of graphs that are made and dropped together; with the last of them goes the pool."""
+    graph = torch.cuda.CUDAGraph()
+    stream = cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
             work()
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            stream = cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    work()
-                finally:
-                    self._graph.capture_end()
-            torch.cuda.current_stream().wait_stream(stream)
-        self._graph.replay()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
 
 
 class DecodeStep:
@@ -173,7 +183,7 @@ class DecodeStep:
         paged = -(-most // self._part_slots)
         self._early = self._near + paged
         self._out, self._lse = empty(self._early + paged, heads, dim), empty(self._early + paged, heads)
-        self._results, self._lse_of_all = empty(layers, heads, dim, kind=dtype), empty(heads)
+        self._result, self._lse_of_all = empty(heads, dim, kind=dtype), empty(heads)
 
         # Of the sketch's selection; grows with its state.
         self._log_mass = self._mass = self._group_lse = empty(0)
@@ -183,23 +193,27 @@ class DecodeStep:
         self._control_host = torch.zeros(CONTROL_SIZE, dtype=torch.int64, pin_memory=pinned)
         self._control_numbers = self._control_host.numpy()
         self._control = self._control_host.to(device) if self._on_gpu else self._control_host
-        words = bank.MAILBOX_KEYS + kv_heads * most
-        self._mail = torch.zeros(layers, words, dtype=torch.int64, pin_memory=pinned)
-        self._mail_host = self._mail.numpy()
-        self._staging = torch.empty(kv_heads * most * geometry.record_bytes // 8, dtype=torch.int64, pin_memory=pinned)
+        self._mail = torch.zeros(layers, mail_words(kv_heads, most), dtype=torch.int64, pin_memory=pinned)
+        # The host's side of it: views that cost little to index.
+        self._mail_host = [memoryview(row) for row in self._mail.numpy()]
+        first, width = mail_keys(kv_heads), most
+        self._keys_host = [[row[first + h * width :][:width] for h in range(kv_heads)] for row in self._mail_host]
+        self._posted_host = [row[MAIL_POSTED:][:kv_heads] for row in self._mail_host]
+        self._staging = torch.empty(kv_heads * most * geometry.record_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._staging_host = self._staging.numpy()
         self._landing: _Registered | None = None
-        self._source = self._staging
 
+        self._graphs: list[torch.cuda.CUDAGraph | None] = [None] * layers
+        self._warm = [False] * layers  # whether a layer's work was done without a graph
         self._pool: Any = None
-        self._routes = [_Replayed() for _ in range(layers)]
-        self._lands = [_Replayed() for _ in range(layers)]
+        # A launch that returns only when its work is done never would.
+        self._replays = self._on_gpu and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") in ("", "0")
+        self._whole = False  # whether the layer under way is a graph
         self._side = cuda.Stream() if self._on_gpu else None
         self._reading = False
         self._step = 0
         self._window, self._scale = empty(0), 0.0
-        self._states: Sequence[State] = ()
-        self._moved = True
-        self._version = 0
+        self._states: Sequence[State] = ()  # changed by the first `begin`
 
     def begin(
         self,
@@ -219,10 +233,11 @@ class DecodeStep:
         groups: how many may be opened, from first_group on.
         """
         self.token = token
-        if self._moved or window is not self._window or states is not self._states or scale != self._scale:
+        if window is not self._window or states is not self._states or scale != self._scale:
             self._window, self._states, self._scale = window, states, scale
             self._reserve(states[0])
-            self._version, self._moved = self._version + 1, False
+            layers = len(self._graphs)
+            self._graphs, self._warm = [None] * layers, [False] * layers
             self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         self._step += 1
         numbers = self._control_numbers
@@ -232,51 +247,62 @@ class DecodeStep:
         if self._on_gpu:
             self._control.copy_(self._control_host, non_blocking=True)
 
-    def start(self, layer: int, q: Tensor) -> None:
-        """Queues one layer's route and its attention to what is resident. q: [kv_heads, ratio, head_dim]."""
-        self._q.copy_(q)
-        work = partial(self._route, layer)
-        if self._on_gpu:
-            self._routes[layer].run(work, self._version, self._pool)
-        else:
-            work()
+    def start(self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:
+        """Queues one layer's step. q: [kv_heads, ratio, head_dim]; k, v: [kv_heads, 1, head_dim] of the token, or None:
+        the window has them. All in the dtype of K and V, contiguous, unchanged until the device has come to them.
+        """
+        mail = self._mail_host[layer]
+        mail[MAIL_Q] = q.data_ptr()
+        mail[MAIL_K], mail[MAIL_V] = (0, 0) if k is None or v is None else (k.data_ptr(), v.data_ptr())
+        # Without a graph at first: what is not compiled and loaded yet could not be while the device waits.
+        self._whole = self._replays and self._warm[layer]
+        if not self._whole:
+            self._warm[layer] = True
+            self._route(layer)
+            return
+        graph = self._graphs[layer]
+        if graph is None:
+            graph = self._graphs[layer] = _captured(lambda: self._both(layer), self._pool)
+        graph.replay()
 
     def misses(self, layer: int) -> Keys:
-        """Keys of what the layer opened and the bank did not hold, [misses]; valid until the layer's next step.
+        """Keys of what the layer opened and the bank did not hold, [misses], by KV head, then group.
 
         Returns when the device has posted them.
         """
-        mail = self._mail_host[layer]
-        if self._on_gpu:
-            self._wait(mail)
-            self._reading = False
-        keys: Keys = mail[bank.MAILBOX_KEYS : bank.MAILBOX_KEYS + int(mail[bank.MAIL_MISSES])].view(KEY_DTYPE)
-        return keys
+        step, words, parts = self._step, self._posted_host[layer], []
+        for head, keys in enumerate(self._keys_host[layer]):
+            word = words[head]
+            if word >> STEP_SHIFT != step:
+                word = self._posted(layer, head)
+            if word & COUNT_MASK:
+                parts.append(keys[: word & COUNT_MASK])
+        self._reading = False  # graphs follow each other: what an earlier layer had to read is read
+        if not parts and not self._whole:
+            self._finish(layer)
+        return np.frombuffer(b"".join(parts), KEY_DTYPE) if parts else NO_KEYS
 
     def land(self, layer: int, records: Bytes) -> None:
         """Takes what was fetched for the keys that `misses` returned: uint8 [misses, record_bytes], in their order.
 
         Read in place if it lies in the registered landing: it must stay until `settle` or the next `misses` returns.
         """
-        source, offset = self._placed(records)
-        self._mail_host[layer, bank.MAIL_OFFSET] = offset
-        work = partial(self._land, layer, source)
-        if self._on_gpu:
-            version = self._version if source is not self._staging else -self._version
-            self._lands[layer].run(work, version, self._pool)
-            self._reading = True
-        else:
-            work()
+        mail = self._mail_host[layer]
+        mail[MAIL_SOURCE] = self._placed(records)
+        mail[MAIL_READY] = self._step
+        if not self._whole:
+            self._finish(layer)
+        self._reading = self._on_gpu
 
     def settle(self) -> None:
         """Returns when the device has read what `land` was given last."""
         if self._reading:
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(self._device).synchronize()
             self._reading = False
 
-    def result(self, layer: int) -> Tensor:
-        """Attention of the layer, [heads, head_dim] in the dtype of K and V; overwritten by its next token."""
-        return self._results[layer]
+    def result(self) -> Tensor:
+        """Attention of the layer, [heads, head_dim] in the dtype of K and V; overwritten by the next layer."""
+        return self._result
 
     def opened(self, layer: int) -> tuple[Tensor, Tensor]:
         """Groups that the layer's last step opened: int32 [kv_heads, most], sorted, and how many, [kv_heads]."""
@@ -284,11 +310,14 @@ class DecodeStep:
         return tables.opened, tables.opened_counts
 
     def opened_count(self, layer: int) -> int:
-        return int(self._mail_host[layer, bank.MAIL_OPENED])
+        return sum((word >> OPENED_SHIFT) & COUNT_MASK for word in self._posted_host[layer])
 
     def abandon(self, layer: int) -> None:
-        """Forgets what the layer's bank holds: a fetch failed."""
+        """A fetch failed: the device goes on without it, and the layer's bank forgets what it holds. The token's other
+        layers stay as they are; the next thing to do is `begin`."""
+        self._mail_host[layer][MAIL_READY] = -self._step
         self._tables[layer].forget()
+        self.token = -1
 
     def forget(self) -> None:
         """Forgets what all banks hold: groups are no longer what they were."""
@@ -305,11 +334,10 @@ class DecodeStep:
             return
         if self._landing is None or self._landing.place != landing.ctypes.data:
             self._landing = _Registered.of(landing)
-            self._moved = True  # graphs that read the old one are made again
 
     def resident_bytes(self) -> int:
         """Bytes on the device: bank, tables, buffers of the step."""
-        held = [self.records, self._q, self._z, self._out, self._lse, self._results, self._log_mass, self._mass]
+        held = [self.records, self._q, self._z, self._out, self._lse, self._result, self._log_mass, self._mass]
         held += [self._group_lse, self._mask]
         for item in (*self._tables, self._chosen, self._lists):
             held += vars(item).values()
@@ -317,47 +345,54 @@ class DecodeStep:
 
     # The two halves.
 
+    def _both(self, layer: int) -> None:
+        self._route(layer)
+        self._finish(layer)
+
     def _route(self, layer: int) -> None:
-        calls, lists, tables = self._calls, self._lists, self._tables[layer]
+        """Up to what is resident."""
+        calls, lists, tables, mail = self._calls, self._lists, self._tables[layer], self._mail[layer]
         (k, v), scale, state = self._window[layer], self._scale, self._states[layer]
-        near, held = slice(0, self._near), slice(self._near, self._early)
+        near = slice(0, self._near)
+        if isinstance(state, SketchState):
+            calls.take(mail, self._control, self._q, k, v, self._chosen, scale, state.to_z, self._z)
+        else:
+            calls.take(mail, self._control, self._q, k, v, self._chosen)
         with self._beside():
             calls.window_parts(self._q, k, v, self._control, scale, PART_KEYS, self._out[near], self._lse[near])
         if isinstance(state, SketchState):
-            self._choose_by_sketch(state, scale)
+            self._choose_by_sketch(state)
             budget, capacity = state.budget, self._mass.shape[1]
+            uncovered = (1.0 - state.cover) * self._lse.shape[1] if state.cover < 1.0 else None
         else:
             self._choose_by_hga(state)
-            budget, capacity = self._geometry.kv_heads * self.most, self._mask.shape[1]
-        calls.place(self._chosen, self._control, layer, budget, capacity, tables, lists, self._mail[layer])
-        calls.paged_parts(
-            self._q, self.records[layer], lists.held, lists.held_counts, scale, self._part_slots, self._out[held],
-            self._lse[held],
-        )  # fmt: skip
-        calls.merge(self._out[: self._early], self._lse[: self._early], self._results[layer], self._lse_of_all)
+            budget, capacity, uncovered = self._geometry.kv_heads * self.most, self._mask.shape[1], None
+        calls.place(self._chosen, self._control, layer, budget, capacity, tables, lists, mail, uncovered)
+        self._attend(layer, lists.held, lists.held_counts, slice(self._near, self._early))
 
-    def _choose_by_sketch(self, state: SketchState, scale: float) -> None:
+    def _choose_by_sketch(self, state: SketchState) -> None:
         calls = self._calls
-        calls.project(self._q, state.to_z, scale, self._z)
         calls.log_mass(state.spec, self._z, state.centre, state.records, self._control, self._log_mass, self._group_lse)
         self._join()
         near = self._lse[: self._near]
         calls.pool(self._log_mass, near, self._group_lse, self._control, self._mass, self._chosen)
-        calls.gather(self._mass, self._control, state.budget, self._chosen)
+        calls.gather(self._mass, self._control, state.budget, self._chosen, state.cover < 1.0)
 
     def _choose_by_hga(self, state: HgaState) -> None:
         open_hga(self._q, state.chunks, state.groups, self._control, state.topk_chunks, state.topk_groups, self._mask)
         self._join()
         self._calls.gather_mask(self._mask, self._control, self._chosen)
 
-    def _land(self, layer: int, source: Tensor) -> None:
-        calls, lists, late, scale = self._calls, self._lists, slice(self._early, None), self._scale
-        calls.land(source, self._mail[layer], lists, self.records[layer])
-        calls.paged_parts(
-            self._q, self.records[layer], lists.late, lists.late_counts, scale, self._part_slots, self._out[late],
-            self._lse[late],
-        )  # fmt: skip
-        calls.merge(self._out, self._lse, self._results[layer], self._lse_of_all)
+    def _attend(self, layer: int, slots: Tensor, counts: Tensor, parts: slice) -> None:
+        out, lse = self._out[parts], self._lse[parts]
+        self._calls.paged_parts(self._q, self.records[layer], slots, counts, self._scale, self._part_slots, out, lse)
+
+    def _finish(self, layer: int) -> None:
+        """What came late, and the result."""
+        lists = self._lists
+        self._calls.land(self._mail[layer], self._control, lists, self.records[layer])
+        self._attend(layer, lists.late, lists.late_counts, slice(self._early, None))
+        self._calls.merge(self._out, self._lse, self._result, self._lse_of_all)
 
     # Host and device.
 
@@ -375,28 +410,30 @@ class DecodeStep:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
-    def _wait(self, mail: npt.NDArray[np.int64]) -> None:
-        """Returns when the device has posted a layer's misses."""
-        step = self._step
+    def _posted(self, layer: int, head: int) -> int:
+        """The word of a KV head, once the device has posted it."""
+        step, words = self._step, self._posted_host[layer]
         give_up_at = time.monotonic() + ROUTE_MAX_S
         while True:
             for _ in range(1000):
-                if mail[bank.MAIL_STEP] == step:
-                    return
+                word = words[head]
+                if word >> STEP_SHIFT == step:
+                    return word
             if time.monotonic() > give_up_at:
+                self._mail_host[layer][MAIL_READY] = -step
                 torch.cuda.synchronize()  # raises what went wrong there
-                assert mail[bank.MAIL_STEP] == step, "the device is idle and did not post its misses"
+                assert words[head] >> STEP_SHIFT == step, "the device is idle and did not post its misses"
 
-    def _placed(self, records: Bytes) -> tuple[Tensor, int]:
-        """Where the device reads them: the source tensor and the offset into it, in bytes."""
-        if self._landing is not None and self._landing.words is not None:
-            offset = records.ctypes.data - self._landing.place
-            if offset >= 0 and offset + records.nbytes <= self._landing.words.nbytes and offset % 8 == 0:
-                return self._landing.words, offset
-        if self._on_gpu:
-            torch.cuda.current_stream().synchronize()  # an earlier layer may still read it
-        self._staging.numpy().view(np.uint8)[: records.nbytes] = records.reshape(-1)
-        return self._staging, 0
+    def _placed(self, records: Bytes) -> int:
+        """The address at which the device reads them."""
+        if self._landing is not None and self._landing.readable:
+            address = records.ctypes.data
+            offset = address - self._landing.place
+            if offset >= 0 and offset + records.nbytes <= self._landing.memory.nbytes and offset % 8 == 0:
+                return address
+        # An earlier layer has read what was there: it came before the misses of this one.
+        self._staging_host[: records.nbytes] = records.reshape(-1)
+        return self._staging.data_ptr()
 
     def _reserve(self, state: State) -> None:
         kv_heads, ratio, _ = self._q.shape
@@ -415,29 +452,33 @@ class DecodeStep:
 class _Registered:
     """Host memory that the device reads in place, for as long as somebody holds this. One for all sessions of a landing.
 
-    words: int64; None where the driver refused.
+    readable: False where the driver refused.
     """
 
     _known: ClassVar[WeakValueDictionary[int, _Registered]] = WeakValueDictionary()
+    # Held by nobody. Given back at the next registration: that waits for the device, and whoever drops the last reference,
+    # the garbage collector perhaps, may do so while the device waits for the host.
+    _retired: ClassVar[list[Bytes]] = []
 
     def __init__(self, memory: Bytes) -> None:
-        self.place = memory.ctypes.data
-        self._runtime: Any = cuda.cudart()
-        self.words: Tensor | None = torch.from_numpy(memory).view(torch.int64)
-        if int(self._runtime.cudaHostRegister(self.place, memory.nbytes, 2)):  # 2: mapped
+        self.place, self.memory = memory.ctypes.data, memory
+        self.readable = not int(cuda.cudart().cudaHostRegister(self.place, memory.nbytes, 2))  # 2: mapped
+        if not self.readable:
             logger.warning("the device cannot read the landing in place; fetched records are copied once more")
-            self.words = None
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")  # torch would raise the refusal at its next launch
 
     @classmethod
     def of(cls, memory: Bytes) -> _Registered:
+        """Between steps only."""
+        while cls._retired:
+            torch.cuda.synchronize()
+            cuda.cudart().cudaHostUnregister(cls._retired.pop().ctypes.data)
         known = cls._known.get(memory.ctypes.data)
         if known is None:
             known = cls._known[memory.ctypes.data] = cls(memory)
         return known
 
     def __del__(self) -> None:
-        if self.words is not None:
-            torch.cuda.synchronize()
-            self._runtime.cudaHostUnregister(self.place)
+        if self.readable:
+            self._retired.append(self.memory)

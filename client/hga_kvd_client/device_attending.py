@@ -6,10 +6,12 @@ Triton is imported at the first token that could use it; without it `takes` says
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hga_kvd_client import errors
 from hga_kvd_client.held import Held
 from hga_kvd_client.stored import StoredSession
 from hga_kvd_client.summaries import Summaries
@@ -31,15 +33,21 @@ class DeviceAttending:
         self._window, self._routing, self._stored, self._stats = held.window, held.routing, stored, held.stats
         self.step: DecodeStep | None = None  # made at the first token that it takes
         self._refused = False
+        self._settle: Callable[[], None] | None = None  # the step's
         self._states: tuple[Tensor, list[State]] | None = None  # and what they are views of
+
+    @property
+    def may_take(self) -> bool:
+        """Whether a token may be the device's at all."""
+        return self._device.type in STEP_DEVICES and not self._refused
 
     def takes(self, q: Tensor, first: int, end: int) -> bool:
         """Whether this token is the device's: on a GPU, with something to route in chunks first .. end-1, and room for
         what is opened. q: [kv_heads, ratio, head_dim]."""
-        if self._device.type not in STEP_DEVICES or self._refused or end <= first:
+        if not self.may_take or end <= first:
             return False
         ratio, most = q.shape[1], self._routing.opened_most(q.shape[1])
-        window = self._window.everything.shape[3]
+        window = self._window.capacity
         if self.step is not None and self.step.fits(ratio, most, window):
             return True
         if not 0 < most <= self._options.bank_groups:
@@ -53,6 +61,7 @@ class DeviceAttending:
         self.step = DecodeStep(
             self._stored.geometry, ratio, self._options.bank_groups, most, window, self._dtype, self._device
         )
+        self._settle = self.step.settle
         return True
 
     def attend(self, layer: int, q: Tensor, scale: float, seen: int, token: int, first: int, end: int) -> Tensor:
@@ -60,32 +69,46 @@ class DeviceAttending:
 
         token: another number for every token.
         """
-        geometry, stats, step = self._stored.geometry, self._stats, self.step
+        geometry, stats, step, connection = self._stored.geometry, self._stats, self.step, self._stored.connection
         assert step is not None, "takes said so"
+        if connection.reader not in (None, self._settle):
+            # Another session's step still reads the landing. Its device may be ours, which is about to wait for us.
+            connection.reader()
+            connection.reader = None
+        q = q.to(self._dtype).contiguous()
+        held = self._window.take_held(layer) or ()
         groups = (end - first) * geometry.groups_per_chunk
-        if step.token != token:
-            step.register(self._stored.connection.landing)
-            states, window = self._layer_states(), self._window
-            first_group = first * geometry.groups_per_chunk
-            step.begin(token, window.everything, states, scale, window.place(seen), first_group, groups)
-        step.start(layer, q)
-        keys = step.misses(layer)
-        if len(keys):
+        answer = None
+        while True:
+            if step.token != token:
+                step.register(connection.landing)
+                states, window = self._layer_states(), self._window
+                first_group = first * geometry.groups_per_chunk
+                step.begin(token, window.everything, states, scale, window.place(seen), first_group, groups)
+            step.start(layer, q, *held)
             try:
-                answer = self._stored.fetch(keys)
+                keys = step.misses(layer)
+                if len(keys):
+                    answer = self._stored.fetch(keys, recovers=False)
+                    step.land(layer, answer.records)
+                    connection.reader = self._settle
+                break
+            except errors.KvdError:
+                step.abandon(layer)
             except BaseException:
                 step.abandon(layer)
                 raise
-            step.land(layer, answer.records)
-            self._stored.connection.reader = step.settle
+            # The device waits no more: what a call can recover from is put right now, and the layer is done again.
+            self._stored.fetch(keys)
+        if answer is not None:
             stats.ram_bytes += answer.ram_records * geometry.record_bytes
             stats.nvme_bytes += answer.nvme_records * geometry.record_bytes
         opened = step.opened_count(layer)
         stats.opened_groups += opened
         stats.routable_groups += groups * geometry.kv_heads
         stats.bank_bytes += (opened - len(keys)) * geometry.record_bytes
-        # The step's own is overwritten by the layer's next token.
-        return step.result(layer).view(q.shape).clone()
+        # The step's own is overwritten by the next layer.
+        return step.result().view(q.shape).clone()
 
     def opened(self, layer: int) -> tuple[Tensor, Tensor]:
         """As DecodeStep.opened."""
@@ -115,6 +138,9 @@ class DeviceAttending:
             else:
                 budget = options.sketch_groups * self._stored.geometry.kv_heads
                 turns = zip(store.basis.to_z, store.basis.centre, store.records, strict=True)
-                states = [SketchState(store.spec, z.contiguous(), c.contiguous(), r, budget) for z, c, r in turns]
+                states = [
+                    SketchState(store.spec, z.contiguous(), c.contiguous(), r, budget, options.cover)
+                    for z, c, r in turns
+                ]
             self._states = (moved, states)
         return self._states[1]

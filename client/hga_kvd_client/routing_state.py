@@ -11,6 +11,7 @@ What always holds:
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,6 +81,8 @@ class RoutingState:
         assert self._spec is not None
         self._search = None
         if basis is not None:
+            # Needed once a chunk, and 0.2 % of the K/V at 64 K tokens: not beside the model.
+            basis = replace(basis, to_y=basis.to_y.cpu())
             self.store = Sketches(self._spec, basis, plain=False)
             return
         sizes = (geometry.head_dim, geometry.chunk_tokens, geometry.group_tokens)
@@ -215,7 +218,7 @@ class RoutingState:
         options, store = self._options, self.store
         if isinstance(store, Summaries) and not options.pooled:
             most = ratio * options.topk_groups
-        elif isinstance(store, Sketches) and options.cover >= 1.0 and ratio <= 16:
+        elif isinstance(store, Sketches) and ratio <= 16:
             spec = store.spec
             most = options.sketch_groups * self._geometry.kv_heads
             if spec.group_tokens != 16 or spec.chunk_bytes % 4 or most > 128:

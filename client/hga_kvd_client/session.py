@@ -75,7 +75,8 @@ class Session:
         self._ids.note(token_ids)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """K and V of a block's tokens in one layer: [kv_heads, tokens, head_dim], k after RoPE; copied.
+        """K and V of a block's tokens in one layer: [kv_heads, tokens, head_dim], k after RoPE; copied: a single token's on
+        a GPU when the layer is attended, so they must stay what they are until then.
 
         Raises: InvalidRequest for a layer out of order or another shape; with layer 0 all that storing chunks can
         raise, and then the block was not taken.
@@ -85,7 +86,10 @@ class Session:
             far = self.tokens // self.geometry.chunk_tokens - self.options.recent_chunks > self.options.sink_chunks
             self._close_full_chunks(settle=far and (tokens == 1 or self.options.prefill == "routed"))
             self._begin_block(tokens)
-        self._window.write(layer, self.tokens, k, v)
+        if tokens == 1 and self._attending.on_device.may_take:
+            self._window.hold(layer, self.tokens, k.contiguous(), v.contiguous())
+        else:
+            self._window.write(layer, self.tokens, k, v)
         self._next_layer = layer + 1
         if self._next_layer == self.geometry.layers:
             self._next_layer = 0

@@ -126,7 +126,8 @@ class Moments:
 class Basis:
     """float32. to_y, to_z: [..., kv_heads, head_dim, head_dim]; centre: [..., kv_heads, head_dim].
 
-    y = to_y k - centre, z = to_z q, and z . (y + centre) = q . k.
+    y = to_y k - centre, z = to_z q, and z . (y + centre) = q . k. to_y is used once a chunk, and may stay in the
+    host's memory.
     """
 
     to_y: Tensor
@@ -184,7 +185,7 @@ class Basis:
 def encode(spec: SketchSpec, basis: Basis, keys: Tensor) -> Tensor:
     """Records of whole chunks. keys: [..., kv_heads, chunk_tokens, head_dim], after RoPE; leading dims as in the basis,
     or more. Returns uint8 [..., kv_heads, chunk_bytes]."""
-    y = keys.float() @ basis.to_y.transpose(-1, -2) - basis.centre[..., None, :]
+    y = keys.float() @ basis.to_y.to(keys.device).transpose(-1, -2) - basis.centre[..., None, :]
     lead = y.shape[:-2]
     blocks = y.view(*lead, spec.blocks, spec.chunk_tokens // spec.blocks, spec.head_dim)
     mean = _float8(blocks.mean(-2))

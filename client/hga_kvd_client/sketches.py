@@ -118,7 +118,7 @@ class Sketches:
     """Records of all chunks, in a buffer that grows: uint8 [layers, kv_heads, capacity, chunk_bytes]; chunk c is at
     index c. `basis` has all layers; `plain` says that it is none."""
 
-    # Chunks of head room at least: 4,096 tokens between growths; a quarter more once there are many.
+    # Chunks of head room at least: 4,096 tokens between growths; a sixteenth more once there are many.
     GROWTH_CHUNKS = 64
 
     def __init__(self, spec: SketchSpec, basis: Basis, plain: bool) -> None:
@@ -149,7 +149,7 @@ class Sketches:
             self.records, self._shared = self.records.clone(), False
         capacity = self.records.shape[2]
         if end > capacity:
-            more = max(end, capacity + max(self.GROWTH_CHUNKS, capacity // 4)) - capacity
+            more = max(end, capacity + max(self.GROWTH_CHUNKS, capacity // 16)) - capacity
             self.records = grown(self.records, more)
         self.records[:, :, first_chunk:end] = packed.permute(1, 2, 0, 3)
         self.count = max(self.count, end)

@@ -90,10 +90,16 @@ class StoredSession:
 
     # Chunks out.
 
-    def fetch(self, keys: Keys) -> Fetched:
-        """Raises: RecordsDamaged."""
+    def fetch(self, keys: Keys, recovers: bool = True) -> Fetched:
+        """recovers: a session that a new daemon does not know is found or made again first; else that is an error, and
+        the only call made is the fetch. Raises: RecordsDamaged."""
         started = time.perf_counter()
-        answer = self.call(lambda: self.connection.fetch(self._session_id, keys, epoch=self.epoch))
+        if recovers:
+            answer = self.call(lambda: self.connection.fetch(self._session_id, keys, epoch=self.epoch))
+        elif self._generation == self.connection.generation:
+            answer = self.connection.fetch(self._session_id, keys, epoch=self.epoch)
+        else:
+            raise errors.SessionNotFound("the daemon was replaced")
         self._held.stats.fetch_s += time.perf_counter() - started
         self._held.stats.fetches += 1
         check_statuses(answer.statuses, keys, self.geometry.group_tokens)

@@ -5,6 +5,9 @@ One buffer for all layers, [layers, K and V, kv_heads, capacity, head_dim], hold
 layer's window is one slice and attention needs no copy of it. The tail is the recent closed chunks and everything
 after them; it starts right behind the sinks until the first chunk leaves. The window knows places, not how many
 tokens a layer has.
+
+One token may be *held*: not yet written, because a device's step will write it on its way. Whatever looks at the buffer
+writes it first.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ class Window:
     ) -> None:
         self._chunk_tokens = chunk_tokens
         self._sink_tokens = sink_chunks * chunk_tokens
-        # What decoding needs: recent chunks, the open chunk, and a full one that waits to be closed.
-        self._decode_capacity = self._sink_tokens + (recent_chunks + 2) * chunk_tokens
+        # What decoding needs: recent chunks, and the open chunk, which is closed once it is full.
+        self._decode_capacity = self._sink_tokens + (recent_chunks + 1) * chunk_tokens
         self._gap_tokens = 0  # tokens between the sinks and the tail
-        self._buffer = torch.zeros(layers, 2, kv_heads, 0, head_dim, dtype=dtype, device=device)
+        self._written = torch.zeros(layers, 2, kv_heads, 0, head_dim, dtype=dtype, device=device)
+        self._held: tuple[int, int, Tensor, Tensor] | None = None  # as write has it
 
     @property
     def tail_first(self) -> int:
@@ -52,7 +56,7 @@ class Window:
         """Makes room for tokens .. tokens + more - 1. What a long block takes, the next short one gives back."""
         used = self.place(tokens)
         needed = max(used + more, self._decode_capacity)
-        capacity = self._buffer.shape[3]
+        capacity = self.capacity
         if capacity == needed or capacity > needed > self._decode_capacity:
             return
         shape = list(self._buffer.shape)
@@ -60,7 +64,7 @@ class Window:
         buffer = self._buffer.new_empty(shape)
         kept = min(used, capacity)
         buffer[..., :kept, :] = self._buffer[..., :kept, :]
-        self._buffer = buffer
+        self._written = buffer
 
     def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
         """k, v: [kv_heads, tokens, head_dim] of tokens first, first + 1, ...; copied. Room must be reserved."""
@@ -69,10 +73,28 @@ class Window:
         self._buffer[layer, 0, :, start:end] = k
         self._buffer[layer, 1, :, start:end] = v
 
+    def hold(self, layer: int, token: int, k: Tensor, v: Tensor) -> None:
+        """As write, of one token, k and v contiguous; but they may stay where they are until somebody looks."""
+        self._write_held()
+        self._held = (layer, token, k, v)
+
+    def take_held(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """K and V that are held of this layer; the caller writes them to their place, and the window forgets them."""
+        if self._held is None or self._held[0] != layer:
+            return None
+        _, _, k, v = self._held
+        self._held = None
+        return k, v
+
     def layer(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
         """K and V of a layer that has `tokens` tokens, each [kv_heads, window_tokens, head_dim]: views."""
         end = self.place(tokens)
         return self._buffer[layer, 0, :, :end], self._buffer[layer, 1, :, :end]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffer has room for."""
+        return self._written.shape[3]
 
     @property
     def everything(self) -> Tensor:
@@ -87,7 +109,7 @@ class Window:
 
     def skip_to(self, tail_first: int) -> None:
         """Starts the tail of an empty window at token tail_first: what lies between it and the sinks is elsewhere."""
-        assert self._buffer.shape[3] == 0
+        assert self.capacity == 0
         self._gap_tokens = tail_first - self._sink_tokens
 
     def drop(self, tail_first: int, tokens: int) -> None:
@@ -116,9 +138,19 @@ class Window:
         self._gap_tokens -= shift
         shape = list(buffer.shape)
         shape[3] = max(self.place(tokens), kept + shift, self._decode_capacity)
-        self._buffer = buffer.new_empty(shape)
+        self._written = buffer.new_empty(shape)
         self._buffer[..., :sinks, :] = buffer[..., :sinks, :]
         self._buffer[..., sinks + shift : kept + shift, :] = buffer[..., sinks:kept, :]
 
     def resident_bytes(self) -> int:
-        return self._buffer.nbytes
+        return self._written.nbytes
+
+    @property
+    def _buffer(self) -> Tensor:
+        self._write_held()
+        return self._written
+
+    def _write_held(self) -> None:
+        if self._held is not None:
+            held, self._held = self._held, None
+            self.write(*held)

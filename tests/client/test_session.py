@@ -172,7 +172,7 @@ def test_resident_bytes_are_the_tensors_and_stay_bounded():
             for part in (session._window, session._routing.store, *session._attending.banks)
         )
         assert session.resident_bytes() == kept
-    assert session._window.resident_bytes() == token_bytes * (1 + 2 + 2) * 64
+    assert session._window.resident_bytes() == token_bytes * (1 + 2 + 1) * 64
     assert session.full_bytes() == 4000 * token_bytes
 
 

@@ -93,7 +93,7 @@ def test_routes_as_on_the_cpu_and_resumes(dtype, bank_groups):
         if end - first == 1:
             for layer in range(geometry.layers):
                 assert torch.equal(sessions[0].opened(layer), sessions[1].opened(layer).cpu())
-    assert (sessions[1]._device_step is not None) == (bank_groups == 64)
+    assert (sessions[1]._attending.on_device.step is not None) == (bank_groups == 64)
     sessions[1].flush()
     resumed = Client(connection).open("theirs", geometry, ROPE, options, device="cuda")
     assert resumed.tokens == 832
@@ -149,17 +149,24 @@ def test_sketches_open_what_they_open_on_the_cpu():
     assert differ < 0.01 * 40 * LAYERS * 6 * KV_HEADS
 
 
-def test_a_daemon_that_is_replaced_between_and_within_steps():
+@pytest.mark.parametrize("notice", [True, False], ids=["between", "within"])
+def test_a_daemon_that_is_replaced_between_or_within_steps(notice):
+    """Within: the device waits for records while the session is found again, and chunks are appended from its window."""
     connection = FakeConnection()
+    daemon = connection.daemon
     session = Client(connection).open("s", GEOMETRY, ROPE, replace(OPTIONS, bank_groups=16), device="cuda")
     tokens = on_gpu(1000)
     prompt(session, tokens, 700)
     for first in range(700, 760, 20):
         decode(session, tokens, first, first + 19, 1e-4)
-        recoveries = session.stats.recoveries
-        connection.daemon.restart(lambda durable: durable - 1)
+        daemon.restart(lambda durable: durable - 1)
+        daemon.sessions = {number + 10: stored for number, stored in daemon.sessions.items()}
+        if notice:
+            connection.notice_replacement()
         tokens.q[:, :, first + 19] *= -1  # asks for what is not in the bank
+        fetches, recoveries = session.stats.fetches, session.stats.recoveries
         decode(session, tokens, first + 19, first + 20, 1e-4)
+        assert session.stats.fetches > fetches
         assert session.stats.recoveries == recoveries + 1
 
 
@@ -206,5 +213,5 @@ def test_sessions_take_turns_on_the_lane_of_a_real_daemon(daemon):
                 assert (mine.double() - over_what_is_open(session, tokens, token)).abs().max() < 1e-4
         for session in sessions:
             assert session._attending.on_device.step is not None
-            assert session._attending.on_device.step._landing.words is not None, "read in place"
+            assert session._attending.on_device.step._landing.readable, "read in place"
             assert session.stats.fetches > 30

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from hga_kvd_client.window import Window
 from hypothesis import given, settings
@@ -42,8 +44,32 @@ def test_holds_sinks_and_tail(sinks, recent, blocks):
                 span = window.span(first, end)
                 assert span.shape == (LAYERS, 2, KV_HEADS, CHUNK, DIM)
                 assert torch.equal(span[1, 0], values(1, first, end))
-        capacity = (sinks + recent + 2) * CHUNK
+        capacity = (sinks + recent + 1) * CHUNK
         assert window.resident_bytes() <= LAYERS * 2 * KV_HEADS * 4 * (capacity + max(blocks))
     window.drop((tokens // CHUNK - recent) * CHUNK, tokens)
     window.reserve(tokens, 1)
-    assert window.resident_bytes() == LAYERS * 2 * KV_HEADS * 4 * (sinks + recent + 2) * CHUNK
+    assert window.resident_bytes() == LAYERS * 2 * KV_HEADS * 4 * (sinks + recent + 1) * CHUNK
+
+
+def test_a_held_token_is_written_before_anybody_looks():
+    looks = {
+        "layer": lambda w: w.layer(1, 6)[0][:, 5],
+        "everything": lambda w: w.everything[1, 0, :, 5],
+        "span": lambda w: w.span(4, 6)[1, 0, :, 1],
+        "hold": lambda w: (w.hold(0, 6, values(0, 6, 7), values(0, 6, 7)), w._written[1, 0, :, 5])[1],
+        "fork": lambda w: copy.deepcopy(w).layer(1, 6)[0][:, 5],
+        "rewind": lambda w: (w.drop(4, 6), w.rewind(0, 6), w._written[1, 0, :, 5])[2],
+    }
+    for name, look in looks.items():
+        window = Window(LAYERS, KV_HEADS, DIM, CHUNK, 0, 2, torch.float32, torch.device("cpu"))
+        window.reserve(0, 8)
+        window.write(1, 0, values(1, 0, 5), values(1, 0, 5))
+        held = values(1, 5, 6)
+        window.hold(1, 5, held, held)
+        assert window.take_held(0) is None
+        assert torch.equal(look(window), held[:, 0]), name
+        if name != "fork":
+            assert window.take_held(1) is None
+    window.hold(1, 5, held, held)
+    assert window.take_held(1) == (held, held)
+    assert window.take_held(1) is None

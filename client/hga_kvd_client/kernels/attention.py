@@ -7,6 +7,8 @@ is undefined. Parts live in buffers out [parts, heads, head_dim] and lse [parts,
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,9 +20,21 @@ LN2 = 0.6931471805599453
 
 
 @triton.jit
-def _fp8(bits):
-    """float8 e4m3 as float16: its exponent is 8 less biased, so the bits fit, subnormal ones too. No NaN is stored."""
-    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+def _fp8(bits, NATIVE: tl.constexpr):
+    """uint8 as float8 e4m3, in float16. NATIVE: the device can; else its exponent is 8 less biased, so the bits fit,
+    subnormal ones too. No NaN is stored."""
+    if NATIVE:
+        values = bits.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        bits = bits.to(tl.int32)
+        values = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    return values
+
+
+@functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether float8 is converted by the device itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @triton.jit
@@ -41,6 +55,7 @@ def _part(
     GROUP: tl.constexpr,  # tokens of a slot; 1 where not PAGED
     PAGED: tl.constexpr,
     QUANTISED: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     PART_KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,7 +90,7 @@ def _part(
         key = tl.load(k + where, mask=inside, other=0.0)
         if QUANTISED:
             # One scale for the keys of a record: it goes with the scores.
-            scores = tl.dot(query, tl.trans(_fp8(key.to(tl.int32)).to(query.dtype)))
+            scores = tl.dot(query, tl.trans(_fp8(key, NATIVE_FP8).to(query.dtype)))
             places = scales + (head * (head_stride // (2 * GROUP * DIM)) + slot) * 2
             scores *= tl.load(places, mask=seen, other=0.0)[None, :]
         else:
@@ -88,7 +103,7 @@ def _part(
         value = tl.load(v + where, mask=inside, other=0.0)
         if QUANTISED:
             weights *= tl.load(places + 1, mask=seen, other=0.0)[None, :]
-            value = _fp8(value.to(tl.int32)).to(query.dtype)
+            value = _fp8(value, NATIVE_FP8).to(query.dtype)
         values = values * kept[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         largest = higher
     tl.store(out + to[:, None] * DIM + dims[None, :], values / total[:, None], mask=live[:, None] & in_row)
@@ -137,8 +152,8 @@ def window_parts(
     assert part_keys % block == 0
     _part[(out.shape[0], kv_heads)](
         q, k, v, q, q, control[WINDOW_TOKENS:], out, lse, scale / LN2, k.stride(0), 0,
-        RATIO=ratio, DIM=dim, GROUP=1, PAGED=False, QUANTISED=False, PART_KEYS=part_keys, BLOCK_N=block,
-        **_shape(ratio, dim),
+        RATIO=ratio, DIM=dim, GROUP=1, PAGED=False, QUANTISED=False, NATIVE_FP8=False, PART_KEYS=part_keys,
+        BLOCK_N=block, **_shape(ratio, dim),
     )  # fmt: skip
 
 
@@ -182,8 +197,8 @@ def paged_parts(
     _part[(out.shape[0], kv_heads)](
         q, flat, flat[group * dim :], q if scales is None else scales, slots, counts, out, lse, scale / LN2,
         records.stride(0), slots.stride(0),
-        RATIO=ratio, DIM=dim, GROUP=group, PAGED=True, QUANTISED=quantised, PART_KEYS=part_keys,
-        BLOCK_N=min(64, part_keys), **_shape(ratio, dim),
+        RATIO=ratio, DIM=dim, GROUP=group, PAGED=True, QUANTISED=quantised, NATIVE_FP8=has_fp8(q.device),
+        PART_KEYS=part_keys, BLOCK_N=min(64, part_keys), **_shape(ratio, dim),
     )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 `pool` turns log-masses into masses, normalised per query head by all that the head can see and summed over the query
 heads of a KV head, and counts them into bins of 1/32 octave. `gather` finds the bin in which the budget ends, lists the
-groups above it, and keeps those in it aside as *ties*; `bank.place` takes the best of the ties. Exact, except that
-among more than TIES_MAX groups in that one bin, masses within 2.2 % of each other, an arbitrary TIES_MAX compete.
+groups above it, and keeps those in it aside as *ties*; `bank.place` takes the best of the ties. Where the budget may be
+left before it is spent (`cover`), all of them are ties, so that they can be counted from the largest on. Exact, except that
+among more than TIES_MAX groups in that one bin, masses within 9 % of each other, an arbitrary TIES_MAX compete.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from torch import Tensor
 
 from hga_kvd_client.kernels import FIRST_GROUP, GROUPS
 
-# Bins are the upper bits of a float32 that is not negative: 5 bits of mantissa below the exponent. The last bin ends at
+# Bins are the upper bits of a float32 that is not negative: 3 bits of mantissa below the exponent. The last bin ends at
 # 2^5, more than 16 query heads can pool; whatever is below 2^-27 falls in the first.
-BINS = 1024
-BIN_SHIFT = tl.constexpr(18)
-BIN_FIRST = tl.constexpr((127 + 5) * 32 - 1024)
+BINS = 256
+BIN_SHIFT = tl.constexpr(20)
+BIN_FIRST = tl.constexpr((127 + 5) * 8 - 256)
 TIES_MAX = 128
-POOL_GROUPS = 256  # groups of one program
+POOL_GROUPS = GATHER_GROUPS = 256  # groups of one program
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a selection leaves for `bank.place`, which also clears it. Rows are relative groups, in no order.
+    """What a selection leaves for `bank.place`; `take` clears it. Rows are relative groups, in no order.
 
-    bins: int32 [BINS]. groups: int32 [kv_heads, most]; counts: int32 [kv_heads]. ties: int64 [TIES_MAX], mass in the
-    upper half, least place first in the lower; tie_count: int32 [1], may pass TIES_MAX.
+    bins: int32 [BINS]. groups: int32 [kv_heads, most]; counts: int32 [kv_heads]. ties: int64 [2 * TIES_MAX], mass in the
+    upper half, least place first in the lower; tie_count: int32 [1], may pass what is listed: TIES_MAX, twice that with
+    `cover`. stored: float32 [kv_heads], the mass of all groups.
     """
 
     bins: Tensor
@@ -39,18 +41,22 @@ class Chosen:
     counts: Tensor
     ties: Tensor
     tie_count: Tensor
+    stored: Tensor
 
     @classmethod
     def empty(cls, kv_heads: int, most: int, device: torch.device) -> Chosen:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        return cls(zeros(BINS), zeros(kv_heads, most), zeros(kv_heads), zeros(TIES_MAX, dtype=torch.int64), zeros(1))
+        return cls(
+            zeros(BINS), zeros(kv_heads, most), zeros(kv_heads), zeros(2 * TIES_MAX, dtype=torch.int64), zeros(1),
+            zeros(kv_heads, dtype=torch.float32),
+        )  # fmt: skip
 
 
 @triton.jit
 def _bin(mass):
-    return tl.minimum(tl.maximum((mass.to(tl.int32, bitcast=True) >> BIN_SHIFT) - BIN_FIRST, 0), 1023)
+    return tl.minimum(tl.maximum((mass.to(tl.int32, bitcast=True) >> BIN_SHIFT) - BIN_FIRST, 0), 255)
 
 
 @triton.jit
@@ -79,6 +85,7 @@ def _pool(
     control,
     mass,  # [kv_heads, capacity]
     bins,
+    stored,
     capacity,
     window_rows,
     group_rows,
@@ -94,12 +101,17 @@ def _pool(
     start = tl.program_id(0) * BLOCK
     count = tl.load(control + GROUPS).to(tl.int32)
     if start >= count:
+        if start == 0:
+            tl.store(stored + head, 0.0)
         return
     near, near_total = _log_sum(window_lse, window_rows, head, RATIO, ROWS, NEAR_ROWS, 16)
     far, far_total = _log_sum(group_lse, group_rows, head, RATIO, ROWS, FAR_ROWS, 128)
     higher = tl.maximum(near, far)
     everything = higher + tl.log(near_total * tl.exp(near - higher) + far_total * tl.exp(far - higher))
     each = tl.arange(0, ROWS)
+    if start == 0:
+        share = tl.where(each < RATIO, far_total * tl.exp(far - everything), 0.0)
+        tl.store(stored + head, tl.sum(share, 0))
     group = start + tl.arange(0, BLOCK)
     inside = group < count
     place = (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :]
@@ -125,6 +137,7 @@ def _gather(
     most,
     BINS: tl.constexpr,
     TIES: tl.constexpr,
+    ALL_TIE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -140,12 +153,15 @@ def _gather(
     inside = group < count
     pooled = tl.load(mass + head * capacity + group, mask=inside, other=0.0)
     bin = _bin(pooled)
-    taken = inside & (bin > last)
-    number = tl.sum(taken.to(tl.int32), 0)
-    if number > 0:
-        place = tl.atomic_add(counts + head, number) + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(groups + head * most + place, group, mask=taken)
-    tied = inside & (bin == last)
+    if ALL_TIE:
+        tied = inside & (bin >= last)
+    else:
+        tied = inside & (bin == last)
+        taken = inside & (bin > last)
+        number = tl.sum(taken.to(tl.int32), 0)
+        if number > 0:
+            place = tl.atomic_add(counts + head, number) + tl.cumsum(taken.to(tl.int32), 0) - 1
+            tl.store(groups + head * most + place, group, mask=taken)
     number = tl.sum(tied.to(tl.int32), 0)
     if number > 0:
         place = tl.atomic_add(tie_count, number) + tl.cumsum(tied.to(tl.int32), 0) - 1
@@ -195,21 +211,22 @@ def pool(
     assert window_lse.shape[1] == group_lse.shape[1] == kv_heads * ratio
     assert ratio <= 16, "masses of more query heads would pass the last bin"
     _pool[(triton.cdiv(capacity, POOL_GROUPS), kv_heads)](
-        log_mass, window_lse, group_lse, control, mass, chosen.bins, capacity, window_lse.shape[0], group_lse.shape[0],
+        log_mass, window_lse, group_lse, control, mass, chosen.bins, chosen.stored, capacity, window_lse.shape[0],
+        group_lse.shape[0],
         NEAR_ROWS=triton.next_power_of_2(window_lse.shape[0]), FAR_ROWS=triton.next_power_of_2(group_lse.shape[0]),
         RATIO=ratio, ROWS=triton.next_power_of_2(ratio), BINS=BINS, BLOCK=POOL_GROUPS, GROUPS=GROUPS,
     )  # fmt: skip
 
 
-def gather(mass: Tensor, control: Tensor, budget: int, chosen: Chosen) -> None:
-    """The `budget` groups of largest mass of all KV heads, up to ties. Follows `pool`."""
+def gather(mass: Tensor, control: Tensor, budget: int, chosen: Chosen, covers: bool = False) -> None:
+    """The `budget` groups of largest mass of all KV heads, up to ties. Follows `pool`. covers: `place` may take fewer."""
     kv_heads, capacity = mass.shape
     assert 0 < budget <= min(chosen.groups.shape[1], TIES_MAX)
     assert kv_heads * capacity < 1 << 31
-    block = 1024
-    _gather[(triton.cdiv(capacity, block), kv_heads)](
+    _gather[(triton.cdiv(capacity, GATHER_GROUPS), kv_heads)](
         mass, chosen.bins, control, chosen.groups, chosen.counts, chosen.ties, chosen.tie_count, capacity, budget,
-        chosen.groups.shape[1], BINS=BINS, TIES=TIES_MAX, BLOCK=block, GROUPS=GROUPS,
+        chosen.groups.shape[1], BINS=BINS, TIES=2 * TIES_MAX if covers else TIES_MAX, ALL_TIE=covers, BLOCK=GATHER_GROUPS,
+        GROUPS=GROUPS,
     )  # fmt: skip
 
 
@@ -235,19 +252,22 @@ def pool_twin(
     count = int(control[GROUPS])
     everything = torch.cat((window_lse, group_lse)).logsumexp(0).view(kv_heads, 1, ratio)
     mass[:, :count] = (log_mass[:, :count] - everything).exp().sum(2)
+    chosen.stored.copy_(mass[:, :count].sum(1))
     chosen.bins.add_(torch.bincount(_bin_twin(mass[:, :count]).flatten(), minlength=BINS).int())
 
 
-def gather_twin(mass: Tensor, control: Tensor, budget: int, chosen: Chosen) -> None:
+def gather_twin(mass: Tensor, control: Tensor, budget: int, chosen: Chosen, covers: bool = False) -> None:
     capacity, count = mass.shape[1], int(control[GROUPS])
     above = chosen.bins.flip(0).cumsum(0).flip(0)
     last = max(int((above >= budget).sum()) - 1, 0)
     bins = _bin_twin(mass[:, :count])
-    _listed(bins > last, chosen)
-    heads, groups = (bins == last).nonzero().unbind(1)
+    if not covers:
+        _listed(bins > last, chosen)
+    heads, groups = (bins >= last if covers else bins == last).nonzero().unbind(1)
     keys = (mass[heads, groups].view(torch.int32).long() << 32) | (0x7FFFFFFF - (heads * capacity + groups))
-    chosen.ties[: min(TIES_MAX, keys.shape[0])] = keys[:TIES_MAX]
-    chosen.tie_count.fill_(keys.shape[0])
+    keys = keys[: 2 * TIES_MAX if covers else TIES_MAX]
+    chosen.ties[: keys.shape[0]] = keys
+    chosen.tie_count.fill_(heads.shape[0])
 
 
 def gather_mask_twin(mask: Tensor, control: Tensor, chosen: Chosen) -> None:
@@ -263,4 +283,4 @@ def _listed(mask: Tensor, chosen: Chosen) -> None:
 
 
 def _bin_twin(mass: Tensor) -> Tensor:
-    return ((mass.view(torch.int32) >> 18) - ((127 + 5) * 32 - BINS)).clamp(0, BINS - 1)
+    return ((mass.view(torch.int32) >> 20) - ((127 + 5) * 8 - BINS)).clamp(0, BINS - 1)

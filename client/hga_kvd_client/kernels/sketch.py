@@ -1,8 +1,8 @@
 """Estimated attention mass of every stored group, from the sketches: what routing of a decode step mostly costs.
 
-`project` turns a query into the coordinates of the sketches, `log_mass` reads all of a layer's records once. Codes times
-steps, and means, are exact in float16; queries are rounded to it; sums are float32. hga_kvd_client.sketch has the
-record's layout, its encoder and the maths.
+`log_mass` reads all of a layer's records once, for queries in their coordinates (`take`). Codes times steps, and means,
+are exact in float16; queries are rounded to it; sums are float32. hga_kvd_client.sketch has the record's layout, its
+encoder and the maths.
 """
 
 from __future__ import annotations
@@ -14,56 +14,51 @@ from torch import Tensor
 
 from hga_kvd_client import sketch
 from hga_kvd_client.kernels import FIRST_GROUP, GROUPS
-from hga_kvd_client.kernels.attention import _fp8
+from hga_kvd_client.kernels.attention import _fp8, has_fp8
 from hga_kvd_client.sketch import SketchSpec
 
 # Groups of one program: 64 are 16 chunks, 256 programs a layer at 64 K tokens and 4 KV heads.
 BLOCK_GROUPS = 64
 WARPS = 4
+REGISTERS = 128  # of a thread: four programs on a multiprocessor, not three
 # A product has 8 columns at least; those beyond the query heads are masked.
 ROWS_MIN = 8
 GROUP_TOKENS = 16  # what the packing of codes into words is written for
 
 
 @triton.jit
-def _project(q, to_z, z, scale, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr):
-    head = tl.program_id(1)
-    column, dim = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
-    inside = (column < DIM)[:, None] & (dim < DIM)[None, :]
-    turn = tl.load(to_z + head * DIM * DIM + column[:, None] * DIM + dim[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
-    for r in range(RATIO):
-        row = (head * RATIO + r) * DIM
-        query = tl.load(q + row + dim, mask=dim < DIM, other=0.0).to(tl.float32) * scale
-        tl.store(z + row + column, tl.sum(turn * query[None, :], 1), mask=column < DIM)
+def _halves(words, INTERPRETED: tl.constexpr):
+    """Lower and upper halves of words, int16, so that neighbours share a register."""
+    if INTERPRETED:
+        low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;",
+            "=r,=r,r,r", [words], dtype=(tl.int16, tl.int16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return low, high
 
 
 @triton.jit
-def _codes(words, shift: tl.constexpr, MASK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Codes of two tokens, as float16: those in bits `shift` and `shift` + 16 of every word.
+def _codes(halves, shift: tl.constexpr, FIELD: tl.constexpr, INTERPRETED: tl.constexpr):
+    """1 + code / 64, as float16, of the codes of FIELD + 1 values that begin at bit `shift` of every half word.
 
-    Ored into the bits of 1024, a code is the float16 1024 + code; two words make two pairs, 11 instructions a four.
+    Ored into the bits of 1, from bit 4 on, a code needs no conversion: three instructions for two codes. Times 64 steps it
+    is (64 + code) steps, exactly; what is too much is the same for all tokens of a chunk.
     """
     if INTERPRETED:
-        early, late = ((words >> shift) & MASK).to(tl.float16), ((words >> (shift + 16)) & MASK).to(tl.float16)
-    else:
-        early, late = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, one;
-            mov.b32 one, 0x64006400;
-            shr.u32 a, $2, $4;
-            shr.u32 b, $3, $4;
-            lop3.b32 a, a, $6, one, 0xEA;
-            lop3.b32 b, b, $6, one, 0xEA;
-            sub.rn.f16x2 a, a, one;
-            sub.rn.f16x2 b, b, one;
-            prmt.b32 $0, a, b, 0x5410;
-            prmt.b32 $1, a, b, 0x7632;
-            }""",
-            "=r,=r,r,r,r,r,r,r", [words, shift, MASK * 65537], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        values = ((halves >> shift) & FIELD).to(tl.float16) * 0.015625 + 1.0
+    elif shift < 4:
+        values = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, one; mov.b32 one, 0x3C003C00; shl.b32 a, $1, $2; lop3.b32 $0, a, $4, one, 0xEA; }",
+            "=r,r,r,r,r,r", [halves, 4 - shift, FIELD * 16 * 65537], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
-    return early, late
+    else:
+        values = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, one; mov.b32 one, 0x3C003C00; shr.u32 a, $1, $2; lop3.b32 $0, a, $4, one, 0xEA; }",
+            "=r,r,r,r,r,r", [halves, shift - 4, FIELD * 16 * 65537], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return values
 
 
 @triton.jit
@@ -94,6 +89,7 @@ def _log_mass(
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     FIRST_GROUP: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     block, head = tl.program_id(0), tl.program_id(1)
@@ -123,7 +119,7 @@ def _log_mass(
         + ((where % PER_CHUNK) // PER_BLOCK * DIM)
     )
     mask = (start + row < count)[:, None] & (dim < DIM)[None, :]
-    mean = _fp8(tl.load(records + MEAN + where[:, None] + dim[None, :], mask=mask, other=0).to(tl.int32))
+    mean = _fp8(tl.load(records + MEAN + where[:, None] + dim[None, :], mask=mask, other=0), NATIVE_FP8)
     query = z + (head * RATIO + each)[None, :] * DIM
     mask = (dim < DIM)[:, None] & live[None, :]
     # Masses are powers of 2 in here.
@@ -137,44 +133,55 @@ def _log_mass(
 
     codes = words + (chunk + (place % PER_CHUNK) * GROUP_BYTES)[:, None] // 4
     steps = records + (chunk + STEPS + block_of * (DIMS4 + DIMS2))[:, None]
+    # Codes count from 0 and have 64 too much; their values are around the mean.
     if DIMS4 > 0:
         dim4 = tl.arange(0, BLOCK_4)
         mask = inside[:, None] & (dim4 < DIMS4)[None, :]
-        step4 = _fp8(tl.load(steps + dim4[None, :], mask=mask, other=0).to(tl.int32))
+        step4 = _fp8(tl.load(steps + dim4[None, :], mask=mask, other=0), NATIVE_FP8)
         pair = tl.arange(0, 2 * BLOCK_4)
         packed = tl.load(codes + pair[None, :], mask=inside[:, None] & (pair < 2 * DIMS4)[None, :], other=0)
         early, late = tl.split(tl.reshape(packed, (BLOCK, BLOCK_4, 2)))
+        early_low, early_high = _halves(early, INTERPRETED)
+        late_low, late_high = _halves(late, INTERPRETED)
         mask = (dim4 < DIMS4)[:, None] & live[None, :]
         query4 = (tl.load(query + dim4[:, None], mask=mask, other=0.0) * 1.4426950408889634).to(tl.float16)
-        shared = tl.dot(step4 * -7.5, query4, shared)  # codes count from 0; their values are around the mean
+        shared = tl.dot(step4 * -7.5, query4, shared)
+        step4 *= 64.0
+        shared = tl.dot(-step4, query4, shared)
     if DIMS2 > 0:
         dim2 = tl.arange(0, BLOCK_2)
         mask = inside[:, None] & (dim2 < DIMS2)[None, :]
-        step2 = _fp8(tl.load(steps + DIMS4 + dim2[None, :], mask=mask, other=0).to(tl.int32))
-        packed2 = tl.load(codes + 2 * DIMS4 + dim2[None, :], mask=mask, other=0)
+        step2 = _fp8(tl.load(steps + DIMS4 + dim2[None, :], mask=mask, other=0), NATIVE_FP8)
+        low2, high2 = _halves(tl.load(codes + 2 * DIMS4 + dim2[None, :], mask=mask, other=0), INTERPRETED)
         mask = (dim2 < DIMS2)[:, None] & live[None, :]
         query2 = (tl.load(query + DIMS4 + dim2[:, None], mask=mask, other=0.0) * 1.4426950408889634).to(tl.float16)
         shared = tl.dot(step2 * -1.5, query2, shared)
+        step2 *= 64.0
+        shared = tl.dot(-step2, query2, shared)
 
     largest = tl.full((BLOCK, ROWS), -1e30, tl.float32)
     total = tl.zeros((BLOCK, ROWS), tl.float32)
-    # Tokens t = low + 4 quarter and t + 2: a word has them 16 bits apart.
+    # Tokens t = 4 quarter, and the three after it: t and t + 1 lie 8 bits apart, t and t + 2 in the halves of a word.
     for quarter in tl.static_range(4):
-        for low in tl.static_range(2):
-            first_score = shared
-            second_score = shared
-            if DIMS4 > 0:
-                nibbles = early if quarter % 2 == 0 else late
-                first4, second4 = _codes(nibbles, 8 * low + 4 * (quarter // 2), 15, INTERPRETED)
-                first_score = tl.dot(first4 * step4, query4, first_score)
-                second_score = tl.dot(second4 * step4, query4, second_score)
-            if DIMS2 > 0:
-                first2, second2 = _codes(packed2, 8 * low + 2 * quarter, 3, INTERPRETED)
-                first_score = tl.dot(first2 * step2, query2, first_score)
-                second_score = tl.dot(second2 * step2, query2, second_score)
-            higher = tl.maximum(largest, tl.maximum(first_score, second_score))
-            total = total * tl.exp2(largest - higher) + tl.exp2(first_score - higher) + tl.exp2(second_score - higher)
-            largest = higher
+        score0, score1, score2, score3 = shared, shared, shared, shared
+        if DIMS4 > 0:
+            low4 = early_low if quarter % 2 == 0 else late_low
+            high4 = early_high if quarter % 2 == 0 else late_high
+            score0 = tl.dot(_codes(low4, 4 * (quarter // 2), 15, INTERPRETED) * step4, query4, score0)
+            score1 = tl.dot(_codes(low4, 4 * (quarter // 2) + 8, 15, INTERPRETED) * step4, query4, score1)
+            score2 = tl.dot(_codes(high4, 4 * (quarter // 2), 15, INTERPRETED) * step4, query4, score2)
+            score3 = tl.dot(_codes(high4, 4 * (quarter // 2) + 8, 15, INTERPRETED) * step4, query4, score3)
+        if DIMS2 > 0:
+            score0 = tl.dot(_codes(low2, 2 * quarter, 3, INTERPRETED) * step2, query2, score0)
+            score1 = tl.dot(_codes(low2, 2 * quarter + 8, 3, INTERPRETED) * step2, query2, score1)
+            score2 = tl.dot(_codes(high2, 2 * quarter, 3, INTERPRETED) * step2, query2, score2)
+            score3 = tl.dot(_codes(high2, 2 * quarter + 8, 3, INTERPRETED) * step2, query2, score3)
+        higher = tl.maximum(tl.maximum(score0, score1), tl.maximum(score2, score3))
+        higher = tl.maximum(largest, higher)
+        total *= tl.exp2(largest - higher)
+        total += tl.exp2(score0 - higher) + tl.exp2(score1 - higher)
+        total += tl.exp2(score2 - higher) + tl.exp2(score3 - higher)
+        largest = higher
     result = (largest + tl.log2(total)) * 0.6931471805599453
     seen = inside[:, None] & live[None, :]
     tl.store(out + (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :], result, mask=seen)
@@ -183,26 +190,12 @@ def _log_mass(
     tl.store(to_lse, highest + tl.log(tl.sum(tl.exp(result - highest[None, :]), 0)), mask=live)
 
 
-def project(q: Tensor, to_z: Tensor, scale: float, z: Tensor) -> None:
-    """z = to_z q scale. q, z: [kv_heads, ratio, head_dim], z float32; to_z: [kv_heads, head_dim, head_dim]."""
-    kv_heads, ratio, dim = q.shape
-    for tensor in (q, to_z, z):
-        assert tensor.is_contiguous()
-    assert to_z.shape == (kv_heads, dim, dim)
-    assert z.dtype == torch.float32
-    assert z.shape == q.shape
-    columns = 16
-    _project[(triton.cdiv(dim, columns), kv_heads)](
-        q, to_z, z, scale, RATIO=ratio, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), COLUMNS=columns
-    )
-
-
 def log_mass(
     spec: SketchSpec, z: Tensor, centre: Tensor, records: Tensor, control: Tensor, out: Tensor, lse: Tensor
 ) -> None:
     """Log-masses of control[GROUPS] groups from group control[FIRST_GROUP], the start of a chunk, on.
 
-    z: [kv_heads, ratio, head_dim], from `project`; centre: [kv_heads, head_dim]; records: uint8 [kv_heads, chunks,
+    z: [kv_heads, ratio, head_dim], from `take`; centre: [kv_heads, head_dim]; records: uint8 [kv_heads, chunks,
     chunk_bytes]; out: [kv_heads, capacity, ratio]; lse: [rows, kv_heads * ratio], the logsumexp of each BLOCK_GROUPS
     groups, -inf for none, rows for the whole capacity. All but records float32 and contiguous.
     """
@@ -226,16 +219,13 @@ def log_mass(
         DIMS4=spec.dims4, BLOCK_4=_block(spec.dims4), DIMS2=spec.dims2, BLOCK_2=_block(spec.dims2),
         PER_CHUNK=spec.groups_per_chunk, PER_BLOCK=spec.groups_per_chunk // spec.blocks, GROUP_BYTES=spec.group_bytes,
         MEAN=spec.mean_offset, STEPS=spec.step_offset, CHUNK_BYTES=spec.chunk_bytes, BLOCK=BLOCK_GROUPS,
-        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP, INTERPRETED=not z.is_cuda, num_warps=WARPS,
+        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP, NATIVE_FP8=has_fp8(z.device), INTERPRETED=not z.is_cuda,
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
 def _block(dims: int) -> int:
     return max(16, int(triton.next_power_of_2(max(1, dims))))
-
-
-def project_twin(q: Tensor, to_z: Tensor, scale: float, z: Tensor) -> None:
-    z.copy_(torch.bmm(q.float() * scale, to_z.float().transpose(1, 2)))
 
 
 def log_mass_twin(
