@@ -186,7 +186,8 @@ class Sequence:
             calls.merge(step._out, step._lse, step._result, step._lse_of_all)
 
         def copy(layer: int) -> None:
-            step._calls.land(step._mail[-1], step._control, step._lists, step.records[layer])
+            landing = step._staging if step._landing is None else step._landing.words
+            step._calls.land(landing, step._staging, step._mail[-1], step._control, step._lists, step.records[layer])
 
         synchronize(self.device)
         copied = int(step._lists.late_counts.sum())

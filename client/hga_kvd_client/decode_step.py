@@ -199,9 +199,10 @@ class DecodeStep:
         first, width = mail_keys(kv_heads), most
         self._keys_host = [[row[first + h * width :][:width] for h in range(kv_heads)] for row in self._mail_host]
         self._posted_host = [row[MAIL_POSTED:][:kv_heads] for row in self._mail_host]
-        self._staging = torch.empty(kv_heads * most * geometry.record_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._staging_host = self._staging.numpy()
+        self._staging = torch.empty(kv_heads * most * geometry.record_bytes // 8, dtype=torch.int64, pin_memory=pinned)
+        self._staging_host = self._staging.numpy().view(np.uint8)
         self._landing: _Registered | None = None
+        self._moved = True
 
         self._graphs: list[torch.cuda.CUDAGraph | None] = [None] * layers
         self._warm = [False] * layers  # whether a layer's work was done without a graph
@@ -213,7 +214,7 @@ class DecodeStep:
         self._reading = False
         self._step = 0
         self._window, self._scale = empty(0), 0.0
-        self._states: Sequence[State] = ()  # changed by the first `begin`
+        self._states: Sequence[State] = ()
 
     def begin(
         self,
@@ -233,8 +234,8 @@ class DecodeStep:
         groups: how many may be opened, from first_group on.
         """
         self.token = token
-        if window is not self._window or states is not self._states or scale != self._scale:
-            self._window, self._states, self._scale = window, states, scale
+        if self._moved or window is not self._window or states is not self._states or scale != self._scale:
+            self._window, self._states, self._scale, self._moved = window, states, scale, False
             self._reserve(states[0])
             layers = len(self._graphs)
             self._graphs, self._warm = [None] * layers, [False] * layers
@@ -334,6 +335,7 @@ class DecodeStep:
             return
         if self._landing is None or self._landing.place != landing.ctypes.data:
             self._landing = _Registered.of(landing)
+            self._moved = True  # graphs that read the old one are made again
 
     def resident_bytes(self) -> int:
         """Bytes on the device: bank, tables, buffers of the step."""
@@ -390,7 +392,8 @@ class DecodeStep:
     def _finish(self, layer: int) -> None:
         """What came late, and the result."""
         lists = self._lists
-        self._calls.land(self._mail[layer], self._control, lists, self.records[layer])
+        landing = self._staging if self._landing is None or self._landing.words is None else self._landing.words
+        self._calls.land(landing, self._staging, self._mail[layer], self._control, lists, self.records[layer])
         self._attend(layer, lists.late, lists.late_counts, slice(self._early, None))
         self._calls.merge(self._out, self._lse, self._result, self._lse_of_all)
 
@@ -425,15 +428,15 @@ class DecodeStep:
                 assert words[head] >> STEP_SHIFT == step, "the device is idle and did not post its misses"
 
     def _placed(self, records: Bytes) -> int:
-        """The address at which the device reads them."""
-        if self._landing is not None and self._landing.readable:
-            address = records.ctypes.data
-            offset = address - self._landing.place
-            if offset >= 0 and offset + records.nbytes <= self._landing.memory.nbytes and offset % 8 == 0:
-                return address
+        """Where the device reads them, as MAIL_SOURCE has it."""
+        landing = self._landing
+        if landing is not None and landing.words is not None:
+            offset = records.ctypes.data - landing.place
+            if offset >= 0 and offset + records.nbytes <= landing.memory.nbytes and offset % 16 == 0:
+                return int(offset) // 8
         # An earlier layer has read what was there: it came before the misses of this one.
         self._staging_host[: records.nbytes] = records.reshape(-1)
-        return self._staging.data_ptr()
+        return -1
 
     def _reserve(self, state: State) -> None:
         kv_heads, ratio, _ = self._q.shape
@@ -452,7 +455,7 @@ class DecodeStep:
 class _Registered:
     """Host memory that the device reads in place, for as long as somebody holds this. One for all sessions of a landing.
 
-    readable: False where the driver refused.
+    words: int64; None where the driver refused.
     """
 
     _known: ClassVar[WeakValueDictionary[int, _Registered]] = WeakValueDictionary()
@@ -462,8 +465,10 @@ class _Registered:
 
     def __init__(self, memory: Bytes) -> None:
         self.place, self.memory = memory.ctypes.data, memory
-        self.readable = not int(cuda.cudart().cudaHostRegister(self.place, memory.nbytes, 2))  # 2: mapped
-        if not self.readable:
+        # The device's address of it may be another, so it goes to kernels as a tensor, never as a number.
+        self.words: Tensor | None = torch.from_numpy(memory[: memory.nbytes // 8 * 8]).view(torch.int64)
+        if int(cuda.cudart().cudaHostRegister(self.place, memory.nbytes, 2)):  # 2: mapped
+            self.words = None
             logger.warning("the device cannot read the landing in place; fetched records are copied once more")
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")  # torch would raise the refusal at its next launch
@@ -480,5 +485,5 @@ class _Registered:
         return known
 
     def __del__(self) -> None:
-        if self.readable:
+        if self.words is not None:
             self._retired.append(self.memory)

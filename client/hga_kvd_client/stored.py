@@ -121,9 +121,10 @@ class StoredSession:
         """K and V [kv_heads, tokens, head_dim] of each layer of whole extents. Copies."""
         geometry = self.geometry
         shape = (layers, chunks, geometry.kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens)
-        tiles = self.as_tensor(answer.records, (*shape, geometry.head_dim)).permute(0, 4, 2, 1, 3, 5, 6)
+        # To the device as they are, and put in order there.
+        tiles = self.as_tensor(answer.records, (*shape, geometry.head_dim)).to(self._held.device)
         tokens = chunks * geometry.chunk_tokens
-        apart = tiles.reshape(layers, 2, geometry.kv_heads, tokens, geometry.head_dim).to(self._held.device)
+        apart = tiles.permute(0, 4, 2, 1, 3, 5, 6).reshape(layers, 2, geometry.kv_heads, tokens, geometry.head_dim)
         return [(k, v) for k, v in apart]
 
     def all_layers(self, first: int, end: int) -> list[tuple[int, int, Tensor, Tensor]]:

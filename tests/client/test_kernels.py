@@ -305,13 +305,15 @@ def test_bank_replaces_the_least_recently_opened_and_lists_what_is_missing(kv_he
             heads, groups = (wire >> 32) & 0xFFFF, wire & 0xFFFFFFFF
             assert ((wire >> 48) == layer).all()
             assert torch.equal(wire, wire.sort().values), "in the order of storage"
-            source = store[heads, groups].contiguous()
-            source = source.pin_memory() if DEVICE == "cuda" and len(source) else source
-            mail[MAIL_SOURCE] = source.data_ptr()
+            # In the landing, 64 bytes from its start; or in staging.
+            source = torch.zeros(8 + len(wire) * 8 * dim // 2, dtype=torch.int64, pin_memory=DEVICE == "cuda")
+            source[8:] = store[heads, groups].reshape(-1).view(torch.int64)
+            landing, staging = (source, source[:0]) if step % 2 else (source[:0], source[8:])
+            mail[MAIL_SOURCE] = 8 if step % 2 else -1
             for ready in (-step, step):  # first: they will not come
                 mail[MAIL_READY] = ready
                 before = records.clone()
-                land(mail, numbers, lists, records)
+                land(landing, staging, mail, numbers, lists, records)
                 if DEVICE == "cuda":
                     torch.cuda.synchronize()
                 assert torch.equal(records, before) == (ready < 0 or not len(wire))

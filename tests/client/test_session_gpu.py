@@ -213,5 +213,5 @@ def test_sessions_take_turns_on_the_lane_of_a_real_daemon(daemon):
                 assert (mine.double() - over_what_is_open(session, tokens, token)).abs().max() < 1e-4
         for session in sessions:
             assert session._attending.on_device.step is not None
-            assert session._attending.on_device.step._landing.readable, "read in place"
+            assert session._attending.on_device.step._landing.words is not None, "read in place"
             assert session.stats.fetches > 30

@@ -10,7 +10,7 @@ What always holds:
 Host and device talk about a layer's step through its *mailbox*, int64 in pinned memory, a row a layer:
 
     written by the host   MAIL_Q, MAIL_K, MAIL_V    addresses of the token's q, k and v on the device; 0: the window has it
-                          MAIL_SOURCE               address of the fetched records, which the device can read
+                          MAIL_SOURCE               where in the landing the fetched records begin, in words; -1: in staging
                           MAIL_READY                the step whose records are there, or minus it: they will not come
     by the device         MAIL_POSTED + kv_head     step << 24 | groups opened << 12 | misses
                           mail_keys(kv_heads) + ..  keys of the misses, [kv_heads, most]

@@ -33,7 +33,6 @@ from hga_kvd_client.kernels import (
     OPENED_SHIFT,
     STEP,
     STEP_SHIFT,
-    at_address,
     mail_keys,
     mail_words,
 )
@@ -238,7 +237,17 @@ def _place(
 
 
 @triton.jit
+def _copy(source, to, record_words: tl.constexpr, WORDS: tl.constexpr):
+    for first in range(0, record_words, WORDS):
+        word = first + tl.arange(0, WORDS)
+        inside = word < record_words
+        tl.store(to + word, tl.load(source + word, mask=inside), inside)
+
+
+@triton.jit
 def _land(
+    landing,
+    staging,
     mailbox,
     control,
     late,
@@ -260,18 +269,19 @@ def _land(
     each = tl.arange(0, HEADS)
     row = number + tl.sum(tl.load(late_counts + each, mask=each < head, other=0), 0)
     step = tl.load(control + STEP)
-    to = (head * slots + tl.load(late + head * most + number)).to(tl.int64) * record_words
+    to = records + (head * slots + tl.load(late + head * most + number)).to(tl.int64) * record_words
     ready = _read_now(mailbox + MAIL_READY, INTERPRETED)
     if not INTERPRETED:
         while (ready != step) & (ready != -step):
             ready = _read_now(mailbox + MAIL_READY, INTERPRETED)
     if ready != step:
         return
-    source = tl.load(mailbox + MAIL_SOURCE, volatile=True).to(tl.pointer_type(tl.int64))
-    for first in range(0, record_words, WORDS):
-        word = first + tl.arange(0, WORDS)
-        inside = word < record_words
-        tl.store(records + to + word, tl.load(source + row.to(tl.int64) * record_words + word, mask=inside), inside)
+    at = tl.load(mailbox + MAIL_SOURCE, volatile=True)
+    if at >= 0:
+        at = tl.multiple_of(at, 2)  # loads of 16 bytes: every one is a request over the bus
+        _copy(landing + at + row.to(tl.int64) * record_words, to, record_words, WORDS)
+    else:
+        _copy(staging + row.to(tl.int64) * record_words, to, record_words, WORDS)
 
 
 def place(
@@ -312,20 +322,22 @@ def place(
     )  # fmt: skip
 
 
-def land(mailbox: Tensor, control: Tensor, lists: Lists, records: Tensor) -> None:
+def land(landing: Tensor, staging: Tensor, mailbox: Tensor, control: Tensor, lists: Lists, records: Tensor) -> None:
     """Copies the fetched records, straight from host memory, to the slots of lists.late, once mailbox[MAIL_READY] says that
     they are there; nothing if it says that they will not come.
 
-    At mailbox[MAIL_SOURCE], a multiple of 8 that the device can read: the records, contiguous. records: [kv_heads, slots,
-    ...], contiguous. In the interpreter, which does not wait, the word must be there.
+    landing, staging: int64, memory of the host that the device reads. The records begin mailbox[MAIL_SOURCE] words, an
+    even number, into landing, or, if that is negative, staging. records: [kv_heads, slots, ...], contiguous. In the
+    interpreter, which does not wait, the word must be there.
     """
     kv_heads, slots = records.shape[:2]
+    assert landing.dtype == staging.dtype == torch.int64
     assert records.is_contiguous()
     words = records.view(torch.int64) if records.dtype != torch.int64 else records
     record_words = words[0, 0].numel()
     most = lists.late.shape[1]
     _land[(most, kv_heads)](
-        mailbox, control, lists.late, lists.late_counts, words, most, slots, record_words,
+        landing, staging, mailbox, control, lists.late, lists.late_counts, words, most, slots, record_words,
         WORDS=min(COPY_WORDS, triton.next_power_of_2(record_words)), HEADS=triton.next_power_of_2(kv_heads), STEP=STEP,
         MAIL_SOURCE=MAIL_SOURCE, MAIL_READY=MAIL_READY, INTERPRETED=mailbox.device == control.device,
     )  # fmt: skip
@@ -373,10 +385,14 @@ def place_twin(
         mailbox[MAIL_POSTED + head] = step << STEP_SHIFT | opened << OPENED_SHIFT | misses
 
 
-def land_twin(mailbox: Tensor, control: Tensor, lists: Lists, records: Tensor) -> None:
+def land_twin(
+    landing: Tensor, staging: Tensor, mailbox: Tensor, control: Tensor, lists: Lists, records: Tensor
+) -> None:
     counts = lists.late_counts.tolist()
-    if int(mailbox[MAIL_READY]) != int(control[STEP]) or not any(counts):
+    if int(mailbox[MAIL_READY]) != int(control[STEP]):
         return
-    fetched = at_address(int(mailbox[MAIL_SOURCE]), records.flatten(0, 1)[: sum(counts)])
-    for head, came in enumerate(fetched.to(records.device).split(counts)):
-        records[head, lists.late[head, : counts[head]].long()] = came
+    at, words = int(mailbox[MAIL_SOURCE]), records.view(torch.int64).flatten(2)
+    source = landing[at:] if at >= 0 else staging
+    fetched = source[: sum(counts) * words.shape[2]].view(-1, words.shape[2]).to(records.device)
+    for head, came in enumerate(fetched.split(counts)):
+        words[head, lists.late[head, : counts[head]].long()] = came
