@@ -74,7 +74,29 @@ def storage(root: Path) -> str:
     return _table(heading, rows) + (_made_by(last[-1]) if last else "")
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"peers": peers, "storage": storage}
+def decode_gpu(root: Path) -> str:
+    """The newest run."""
+    found = lines("decode_gpu", root)
+    rows = []
+    for row in found[-1]["numbers"]["rows"] if found else ():
+        dense = min(value for name, value in row.items() if name.startswith("dense_"))
+        times = (row["total"], dense, row["naive"], row["routing_gpu"], row["attention_gpu"])
+        state = f"{100 * row['resident_fraction']:.2f} %"
+        rows.append((f"{row['tokens'] >> 10} K", f"{row['bank_hit_rate']:.2f}", *(f"{t:.1f}" for t in times), state))
+    heading = (
+        "tokens, ms a token",
+        "bank's hit rate",
+        "total",
+        "dense",
+        "naive",
+        "routing",
+        "attention",
+        "memory of K/V",
+    )
+    return _table(heading, rows) + (_made_by(found[-1]) if found else "")
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"peers": peers, "storage": storage, "decode_gpu": decode_gpu}
 
 
 def filled(text: str, root: Path) -> str:
@@ -94,6 +116,8 @@ def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _made_by(line: Line) -> str:
     m = line["machine"]
     on = f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['disk']}, Linux {m['kernel'].split('-')[0]}"
+    if "gpu" in line["config"]:
+        on = f"{line['config']['gpu']}, {on}"
     return (
         f"\n<sub>{line['date'][:10]}, commit {line['commit']}, {on}; medians, lowest and highest in brackets.</sub>\n"
     )
