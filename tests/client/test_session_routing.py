@@ -10,10 +10,11 @@ from fake_connection import FakeConnection, FakeDaemon
 from hga_kvd_client import Geometry, SessionOptions, errors
 from hga_kvd_client.client import Client
 from hga_kvd_client.routing import route_hga
-from hga_kvd_client.sketch import Basis, Moments, SketchSpec, decode, encode
+from hga_kvd_client.sketch import Basis, Moments, SketchSpec, encode
 from hga_kvd_client.sketches import BASIS_KIND, PART_BYTES, basis_parts, part_count, read_basis
 from hga_kvd_client.summaries import Summaries
 from sequences import DIM, GEOMETRY, KV_HEADS, LAYERS, RATIO, ROPE, SCALE, Tokens, blocks
+from sketch_bytes import reference_decode
 from test_routing import sketch_reference
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def reference_mask(tokens, layer, at, spec, basis, options):
             for chunk in range(1, closed - 2):
                 one = Basis(basis.to_y[h : h + 1], basis.to_z[h : h + 1], basis.centre[h : h + 1])
                 record = encode(spec, one, tokens.k[layer, h : h + 1, chunk * 64 : (chunk + 1) * 64])
-                y = decode(spec, record)[0].double() + basis.centre[h].double()
+                y = reference_decode(spec, record[0]).double() + basis.centre[h].double()
                 for group in range(4):
                     mass = sum(math.exp(float(z @ y[group * 16 + t])) for t in range(16))
                     log_mass[h, r, (chunk - 1) * 4 + group] = math.log(mass)
