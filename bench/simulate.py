@@ -43,8 +43,9 @@ class Router(Protocol):
         ...
 
 
-# A rule makes the router of a layer from q [kv_heads, ratio, tokens, dim] (not scaled) and k [kv_heads, tokens, dim].
-Rule = Callable[[Tensor, Tensor], Router]
+# A rule makes the router of a layer from q [kv_heads, ratio, tokens, dim] (not scaled), k [kv_heads, tokens, dim] as it is
+# stored, and k as it was computed.
+Rule = Callable[[Tensor, Tensor, Tensor], Router]
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Simulation:
             exact = (k, v)
             if row.kv_float8:
                 k, v = float8(k), float8(v)
-            router = row.rule(q, k) if row.rule else None
+            router = row.rule(q, k, exact[0]) if row.rule else None
             batched = (router is None or router.batched) and k.device.type == "cuda"
             size, tokens = ROUTED_TOKENS if batched else CHUNK, k.shape[1]
             parts = [
@@ -268,11 +269,11 @@ def float8(values: Tensor) -> Tensor:
 def sketch_rule(spec: SketchSpec, budget: int, basis_tokens: int, basis_first: int = 0, cover: float = 1.0) -> Rule:
     """basis_tokens: 0 for plain keys; else how many, from basis_first on, the basis is made of."""
 
-    def rule(q: Tensor, k: Tensor) -> Router:
+    def rule(q: Tensor, k: Tensor, exact_k: Tensor) -> Router:
         if basis_tokens:
             moments = Moments(k.shape[0], k.shape[2], k.device)
             span = slice(basis_first, basis_first + basis_tokens)
-            moments.add(q[:, :, span], k[:, span])
+            moments.add(q[:, :, span], exact_k[:, span])
             basis = Basis.of(moments)
         else:
             basis = Basis.none(k.shape[0], k.shape[2], k.device)
@@ -284,11 +285,11 @@ def sketch_rule(spec: SketchSpec, budget: int, basis_tokens: int, basis_first: i
 def hga_rule(
     rope: Rope, topk_chunks: int, topk_groups: int, scale: float, pooled: bool = False, own: bool = False
 ) -> Rule:
-    return lambda q, k: Hga(rope, topk_chunks, topk_groups, pooled, own, k, scale)
+    return lambda q, k, exact_k: Hga(rope, topk_chunks, topk_groups, pooled, own, k, scale)
 
 
 def oracle_rule(budget: int) -> Rule:
-    return lambda q, k: Oracle(k.shape[0], budget)
+    return lambda q, k, exact_k: Oracle(k.shape[0], budget)
 
 
 def _own_chunk(scores: Tensor, first: int) -> Tensor:

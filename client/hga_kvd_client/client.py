@@ -55,7 +55,7 @@ class Client:
         """Opens the session of this name, or makes it; None: a temporary one. A session with chunks is resumed.
 
         geometry.rope may be left empty; it is then rope.text(). dtype: of K and V; must be geometry.dtype, which is
-        what None means.
+        what None means; options.kv_dtype may store them otherwise, and session.geometry says how.
         token_ids: what a new session will hold: it begins with the longest prefix of them that the tenant has stored
         under this geometry, in any session; session.tokens says how long. Only routing state and window are read.
         tenant: sessions share stored K/V only within one. ttl_s: a new session is deleted when it was not used for so
@@ -68,15 +68,16 @@ class Client:
             )
         if rope.rotary_dim > geometry.head_dim:
             raise errors.InvalidRequest(f"rotary_dim is {rope.rotary_dim}, more than head_dim {geometry.head_dim}")
+        options = options or SessionOptions()
         opened = self.connection.open(
             name or "",
-            replace(geometry, rope=geometry.rope or rope.text()),
+            options.stored(replace(geometry, rope=geometry.rope or rope.text())),
             create=create,
             tenant=tenant,
             token_ids=b"" if token_ids is None else token_id_bytes(token_ids),
             ttl_s=ttl_s,
         )
-        model_side = (rope, options or SessionOptions(), torch.device(device), DTYPES[geometry.dtype])
+        model_side = (rope, options, torch.device(device), DTYPES[geometry.dtype])
         session = Session(self.connection, opened, Held.nothing_yet(opened.geometry, *model_side), tenant, ttl_s)
         if opened.chunk_count:
             try:

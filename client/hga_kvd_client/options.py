@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from hga_kvd_client.errors import InvalidRequest
+from hga_kvd_client.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class SessionOptions:
     # "exact": a block of tokens sees everything before it. "routed": each token only what it, or an earlier one of the
     # same 64, would open alone.
     prefill: Literal["exact", "routed"] = "exact"
+    # How K and V are stored. "model": as the model has them. "fp8": 8 bits a value and a scale a record (float8.py), half
+    # the bytes of bf16 on the wire, in RAM and on disk. Rounded when a chunk closes; a GPU's step is not built for it.
+    kv_dtype: Literal["model", "fp8"] = "model"
     # Chunks of stored K/V that exact prefill holds at once, of one layer.
     prefill_tile_chunks: int = 16
     # A named session is flushed when this many chunks are not yet durable. What a crash of the daemon can take away
@@ -43,7 +47,11 @@ class SessionOptions:
     flush_chunks: int = 4
 
     def __post_init__(self) -> None:
-        for name, choices in (("router", ("auto", "sketch", "hga", "all")), ("prefill", ("exact", "routed"))):
+        for name, choices in (
+            ("router", ("auto", "sketch", "hga", "all")),
+            ("prefill", ("exact", "routed")),
+            ("kv_dtype", ("model", "fp8")),
+        ):
             if getattr(self, name) not in choices:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         for field in fields(self):
@@ -64,6 +72,13 @@ class SessionOptions:
                 f"flush_chunks is {self.flush_chunks}, more than recent_chunks {self.recent_chunks}: chunks that are "
                 "not yet durable must still be in the window"
             )
+
+    def stored(self, geometry: Geometry) -> Geometry:
+        """The geometry of what the daemon keeps, from the model's: what is rounded is never shared with what is not."""
+        if self.kv_dtype == "model":
+            return geometry
+        fingerprint = f"{geometry.model_fingerprint} {geometry.dtype} in fp8 by 2^n"
+        return replace(geometry, dtype="float8_e4m3fn", model_fingerprint=fingerprint)
 
     def prefill_text(self) -> str:
         """Canonical, for the model's fingerprint: what changes the K/V of a prompt."""

@@ -254,7 +254,7 @@ class Session:
     def full_bytes(self) -> int:
         """What a dense cache of these tokens takes."""
         geometry = self.geometry
-        return self.tokens * geometry.layers * 2 * geometry.kv_heads * geometry.head_dim * geometry.dtype_bytes
+        return self.tokens * geometry.layers * 2 * geometry.kv_heads * geometry.head_dim * self._held.dtype.itemsize
 
     # A block.
 

@@ -5,6 +5,8 @@ What always holds:
   made again: chunks that were not durable are appended once more from the window. If it cannot be, SessionLost.
 - `chunks` are closed and in the daemon; `durable_chunks` of them survive power loss.
 - Nothing damaged leaves here.
+- If K and V are stored in 8 bits, a chunk is rounded when it is appended, in the window too: whoever reads it, and whoever
+  takes the session up, sees the same values from then on.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from hga_kvd_client import errors
 from hga_kvd_client.answers import Fetched, Opened
 from hga_kvd_client.connection import Connection
+from hga_kvd_client.float8 import pack, unpack
 from hga_kvd_client.geometry import Bytes, Keys
 from hga_kvd_client.held import Held
 from hga_kvd_client.keys import check_statuses, extent_keys, token_ranges
@@ -48,6 +51,7 @@ class StoredSession:
         self._session_id = opened.session_id
         self._generation = connection.generation
         self._held = held
+        self.rounds = held.geometry.dtype == "float8_e4m3fn"  # to 8 bits, as options.kv_dtype says
 
     # Chunks in.
 
@@ -147,7 +151,11 @@ class StoredSession:
         return found
 
     def as_tensor(self, records: Bytes, shape: tuple[int, ...]) -> Tensor:
-        """A view of fetched bytes, in this process's memory; gone with the next fetch."""
+        """K and V of fetched bytes, shape: [..., group_tokens, head_dim]. May be a view of them, in this process's memory,
+        and gone with the next fetch."""
+        if self.rounds:
+            codes = torch.from_numpy(records.reshape(-1)).to(self._held.device)
+            return unpack(codes.view(*shape[:-2], -1), self._held.dtype).view(shape)
         return torch.from_numpy(records.reshape(-1)).view(self._held.dtype).view(shape)
 
     def summary(self, kind: str, first: int, count: int) -> tuple[int, bytes] | None:
@@ -277,20 +285,31 @@ class StoredSession:
             geometry.group_tokens,
             geometry.head_dim,
         )
-        landing = torch.from_numpy(payload).view(held.dtype).view(shape)
+        landing = torch.from_numpy(payload)
         # On the CPU extents are built where the daemon reads them; on a GPU beside the model, and then copied once.
-        extents = landing if held.device.type == "cpu" else torch.empty(shape, dtype=held.dtype, device=held.device)
+        in_place = held.device.type == "cpu" and not self.rounds
+        extents = (
+            landing.view(held.dtype).view(shape)
+            if in_place
+            else torch.empty(shape, dtype=held.dtype, device=held.device)
+        )
         span = (first * geometry.chunk_tokens, end * geometry.chunk_tokens)
         tokens = held.window.span(*span)
         # [layers, K and V, kv_heads, chunks, groups, group_tokens, head_dim]
         blocks = (end - first, geometry.groups_per_chunk, geometry.group_tokens)
-        apart = tokens.view(*tokens.shape[:3], *blocks, geometry.head_dim)
-        extents.copy_(apart.permute(3, 0, 2, 4, 1, 5, 6))
+        apart = tokens.view(*tokens.shape[:3], *blocks, geometry.head_dim).permute(3, 0, 2, 4, 1, 5, 6)
+        extents.copy_(apart)
+        if self.rounds:
+            codes = pack(extents.flatten(5))
+            landing.copy_(codes.view(-1))
+            extents = unpack(codes, held.dtype).view(shape)
+        elif not in_place:
+            landing.view(held.dtype).view(shape).copy_(extents)
         entries = held.routing.make(first, extents[:, :, :, :, 0])
-        if extents is not landing:
-            landing.copy_(extents)
         ids = held.ids.span(*span)
         self.connection.append(self._session_id, first, end - first, payload, ids, epoch=self.epoch)
+        if self.rounds:
+            apart.copy_(extents)
         held.routing.put(first, entries)
         held.stats.append_s += time.perf_counter() - started
 

@@ -43,6 +43,11 @@ def simulated(tokens, row):
             {"router": "sketch", "sketch_groups": 3, "sketch_basis_tokens": 512},
             Row("sketch", sketch_rule(SketchSpec.of_basis(DIM), 3, 512)),
         ),
+        ({"router": "all", "kv_dtype": "fp8"}, Row("dense", None, dense=True, kv_float8=True)),
+        (
+            {"router": "sketch", "sketch_groups": 3, "sketch_basis_tokens": 512, "kv_dtype": "fp8"},
+            Row("sketch", sketch_rule(SketchSpec.of_basis(DIM), 3, 512), kv_float8=True),
+        ),
     ],
 )
 def test_as_a_session_that_gets_the_tokens_one_by_one(options, row):
