@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -286,12 +287,15 @@ def run(studies: list[Study], device: str, jobs: int, directory: Path) -> None:
 
 
 def summary(specs: list[Spec], lines: list[dict[str, Any]], head_dim: int) -> list[dict[str, Any]]:
-    """The table: means over the texts, which have one length. Rows without a loss are left out."""
+    """The table: means over the texts, which have one length. Rows that were run on fewer texts than others are left out:
+    texts differ more than rows do."""
     rope = Rope((1.0,) * (head_dim // 2), head_dim)
+    of_row = {spec.label(): [line for line in lines if line["row"] == spec.label()] for spec in specs}
+    most = max(map(len, of_row.values()))
     table = []
     for spec in specs:
-        mine = [line for line in lines if line["row"] == spec.label()]
-        if not mine:
+        mine = of_row[spec.label()]
+        if len(mine) < most or not mine:
             continue
         gaps = torch.tensor([line["loss"] - line["loss_dense"] for line in mine], dtype=torch.float64)
         row = row_of(spec, head_dim, rope)
@@ -361,6 +365,7 @@ def main(
     lines: Annotated[Path | None, typer.Option(help="directory of the losses; build/quality if not told")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="where the numbers go")] = None,
     model: Annotated[Path, typer.Option(help="directory of the weights")] = BUILD / "model",
+    measure_lacking: Annotated[bool, typer.Option("--measure/--no-measure", help="only show what there is")] = True,
     record: Annotated[bool, typer.Option(help="add the tables to bench/results/quality.jsonl")] = False,
     plot: Annotated[bool, typer.Option(help="draw build/quality/*.png")] = True,
 ) -> None:
@@ -377,16 +382,17 @@ def main(
         asked.append(("table", table_rows(tuple(map(int, budgets.split(","))), head_dim), found))
     if sweep:
         asked.append(("sweep", sweep_rows(head_dim), found))
-    if extra:
-        asked.append(("extra", extra_rows(head_dim), found))
     for how in drift or ():
         changing = texts.drifting(found, how)
         asked.append((f"drift-{how}", drift_rows(head_dim, len(changing[0][1]) // 2), changing))
+    if extra:
+        asked.append(("extra", extra_rows(head_dim), found))
     studies = [Study(*one, place / f"{one[0]}.jsonl") for one in asked]
     for study in studies:
         name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-        study.begin({"tokens": tokens.name, "device": name, "jobs": jobs})
-    run(studies, device, jobs, model)
+        study.begin({"tokens": tokens.name, "device": name, "jobs": jobs, "command": " ".join(sys.argv)})
+    if measure_lacking:
+        run(studies, device, jobs, model)
     numbers = {}
     for study in studies:
         head, losses = study.read()

@@ -96,7 +96,56 @@ def decode_gpu(root: Path) -> str:
     return _table(heading, rows) + (_made_by(found[-1]) if found else "")
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"peers": peers, "storage": storage, "decode_gpu": decode_gpu}
+# Rows of the README's table; all others are in bench/README.md.
+QUALITY_KINDS = ("window", "hga", "sketch", "oracle")
+
+
+def quality(root: Path) -> str:
+    """The newest table of bench/quality.py: both routers and their bounds."""
+    found = _studies(root).get("table")
+    return _quality([found], QUALITY_KINDS) if found else ""
+
+
+def quality_studies(root: Path) -> str:
+    """All rows of the newest run of every study of bench/quality.py."""
+    return _quality(list(_studies(root).values()), ())
+
+
+def _studies(root: Path) -> dict[str, Line]:
+    return {line["config"]["what"]: line for line in lines("quality", root)}
+
+
+def _quality(studies: list[Line], kinds: tuple[str, ...]) -> str:
+    made = []
+    for line in studies:
+        config = line["config"]
+        rows = [
+            (
+                row["row"],
+                f"{row['state']:.1%}",
+                f"{row['fetched']:.1%}",
+                f"{row['gap_nats']:+.4f}",
+                f"{row['gap_standard_error']:.4f}",
+            )
+            for row in line["numbers"]["table"]
+            if not kinds or row["spec"]["kind"] in kinds
+        ]
+        texts = f"{config['what']}: {line['numbers']['table'][0]['texts']} texts of {config['length']:,} tokens"
+        heading = (texts, "state of K/V", "fetched", "loss gap, nats", "standard error")
+        under = (
+            f"\n<sub>{line['date'][:10]}, commit {line['commit']}, {config['device']}: `{config['command']}`</sub>\n"
+        )
+        made.append(_table(heading, rows) + under)
+    return "\n".join(made)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "peers": peers,
+    "storage": storage,
+    "decode_gpu": decode_gpu,
+    "quality": quality,
+    "quality_studies": quality_studies,
+}
 
 
 def filled(text: str, root: Path) -> str:
