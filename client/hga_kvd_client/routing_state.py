@@ -43,6 +43,7 @@ class RoutingState:
         self._search: BasisSearch | None = None
         self.store: Summaries | Sketches | None = None
         self.basis_chunk: int | None = None  # where the basis is stored
+        self.basis_durable = False  # and whether it survives the daemon, with the sketches made when it was settled
         if options.router in ("sketch", "auto") and self._spec is not None:
             self._search = BasisSearch(
                 geometry.layers, geometry.kv_heads, geometry.head_dim, options.sketch_basis_tokens, device
@@ -168,8 +169,13 @@ class RoutingState:
 
     def doubt_basis(self, chunks: int) -> None:
         """What is stored with chunks from `chunks` on may be gone: the session stores the basis again."""
-        if self.basis_chunk is not None and self.basis_chunk >= chunks:
-            self.basis_chunk = None
+        if self.basis_chunk is not None and (self.basis_chunk >= chunks or not self.basis_durable):
+            self.basis_chunk, self.basis_durable = None, False
+
+    @property
+    def basis_at_risk(self) -> bool:
+        """Whether a basis is stored that a crash of the daemon would take away."""
+        return self.basis_chunk is not None and not self.basis_durable
 
     def fork(self) -> RoutingState:
         """The same for another session."""

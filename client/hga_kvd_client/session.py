@@ -301,7 +301,10 @@ class Session:
         options, stored, chunk_tokens = self.options, self._stored, self.geometry.chunk_tokens
         stored.append_to(self.tokens // chunk_tokens)
         stored_routing.bring_up(self._routing, stored, options.prefill_tile_chunks, settle)
-        if stored.flushes and stored.chunks - stored.durable_chunks >= options.flush_chunks:
+        # A basis is durable before anything is decoded with it: another one would open other groups.
+        if stored.flushes and (
+            self._routing.basis_at_risk or stored.chunks - stored.durable_chunks >= options.flush_chunks
+        ):
             stored.flush_if_possible()
         longest = self.tokens + (self._block if self._next_layer else 0)
         self._window.drop((stored.chunks - options.recent_chunks) * chunk_tokens, longest)

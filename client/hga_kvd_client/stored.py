@@ -83,6 +83,7 @@ class StoredSession:
     def flush(self) -> None:
         """Returns when all chunks survive power loss. Raises: NotDurable, WriteFailed."""
         self.durable_chunks = self.call(self._flush_everything)
+        self._held.routing.basis_durable = self._held.routing.basis_chunk is not None
         self._held.stats.flushes += 1
 
     def flush_if_possible(self) -> None:

@@ -21,7 +21,8 @@ def _common_chunks(ids, token_ids):
 
 
 class FakeDaemon:
-    """Outlives connections. `restart(keep)` forgets temporary sessions and chunks from `keep(durable)` on."""
+    """Outlives connections. `restart(keep)` forgets temporary sessions, chunks from `keep(durable)` on, and summaries that
+    no flush came after."""
 
     def __init__(self) -> None:
         self.sessions = {}
@@ -38,7 +39,8 @@ class FakeDaemon:
             session["chunks"] = session["chunks"][:count]
             session["ids"] = session["ids"][:count]
             session["durable"] = min(session["durable"], count)
-            session["summaries"] = {k: v for k, v in session["summaries"].items() if k[1] < count}
+            kept = session.get("flushed", {})
+            session["summaries"] = {k: v for k, v in kept.items() if k[1] < count}
 
 
 class FakeConnection:
@@ -150,6 +152,7 @@ class FakeConnection:
         if not session["name"]:
             raise errors.NotDurable("temporary")
         session["durable"] = len(session["chunks"])
+        session["flushed"] = dict(session["summaries"])
         return session["durable"]
 
     def put_summaries(self, session_id, kind, first_chunk, chunk_count, payload, epoch=0):

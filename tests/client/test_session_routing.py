@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from hga_kvd_client import Geometry, SessionOptions, errors
 from hga_kvd_client.client import Client
 from hga_kvd_client.routing import route_hga
 from hga_kvd_client.sketch import Basis, Moments, SketchSpec, encode
-from hga_kvd_client.sketches import BASIS_KIND, PART_BYTES, basis_parts, part_count, read_basis
+from hga_kvd_client.sketches import BASIS_KIND, PART_BYTES, Sketches, basis_parts, part_count, read_basis
 from hga_kvd_client.summaries import Summaries
 from sequences import DIM, GEOMETRY, KV_HEADS, LAYERS, RATIO, ROPE, SCALE, Tokens, blocks
 from sketch_bytes import reference_decode
@@ -449,3 +450,22 @@ def test_what_routed_prefill_depends_on_is_in_its_text():
     }  # fmt: skip
     assert len(texts) == 8
     assert SessionOptions().prefill_text() == "exact" == SessionOptions(router="hga", topk_groups=3).prefill_text()
+
+
+def test_no_token_is_decoded_with_a_basis_that_a_crash_would_take():
+    daemon, tokens = FakeDaemon(), Tokens(860)
+    session = open_session(FakeConnection(daemon), options=changed(PLAIN, flush_chunks=1))
+    # Chunks are flushed as they come, and none closes when the first routed token settles the basis.
+    for first, end in [*blocks([64], 704), (704, 724), *((token, token + 1) for token in range(724, 780))]:
+        tokens.run(session, first, end)
+        if not isinstance(session._routing.store, Sketches):
+            continue
+        crashed = copy.deepcopy(daemon)
+        crashed.restart()
+        other = open_session(FakeConnection(crashed), options=session.options)
+        assert not other._routing.searching
+        for name in ("to_y", "to_z", "centre"):
+            assert torch.equal(getattr(other._routing.store.basis, name), getattr(session._routing.store.basis, name))
+        count = other._routing.count
+        assert torch.equal(other._routing.store.packed(0, count), session._routing.store.packed(0, count))
+    assert session.stats.flushes <= 14, "one more than chunks, and the first"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hga_kvd_client import Geometry, SessionOptions, connect
 from sequences import GEOMETRY, KV_HEADS, LAYERS, ROPE, Tokens, blocks
@@ -57,3 +59,23 @@ def test_a_basis_larger_than_one_summary(daemon):
         other = client.open("s", geometry, ROPE, OPTIONS)
         for name in ("to_y", "to_z", "centre"):
             assert torch.equal(getattr(other._routing.store.basis, name), getattr(session._routing.store.basis, name))
+
+
+def test_the_basis_survives_a_kill_right_after_it_was_settled(daemon):
+    running = daemon()
+    tokens = Tokens(760)
+    options = replace(OPTIONS, sketch_basis_tokens=2048, flush_chunks=1)
+    with connect(running.target) as client:
+        session = client.open("s", GEOMETRY, ROPE, options)
+        # The last chunk is flushed before the first routed token settles the basis.
+        for first, end in [*blocks([64], 704), (704, 724), (724, 725)]:
+            tokens.run(session, first, end)
+        store = session._routing.store
+        running.kill()
+        running.start()
+        with connect(running.target) as other_client:
+            other = other_client.open("s", GEOMETRY, ROPE, options)
+            assert other.tokens == 704
+            for name in ("to_y", "to_z", "centre"):
+                assert torch.equal(getattr(other._routing.store.basis, name), getattr(store.basis, name))
+            assert torch.equal(other._routing.store.packed(0, 11), store.packed(0, 11))
