@@ -20,6 +20,7 @@ import numpy.typing as npt
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
+Read = tuple[int, int, int, int]  # handle, offset, address, length
 
 
 class Disk(Protocol):
@@ -59,6 +60,9 @@ class Disk(Protocol):
         Closed early, it starts no more reads and waits for what has begun: close it before the memory is used again. For
         one thread, which makes no other call of the disk meanwhile.
         """
+
+    def read_few(self, reads: list[Read]) -> bool:
+        """Whether all of these could be read whole. For as few as are sooner told one by one than by columns."""
 
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         """Writes, as `read` reads."""

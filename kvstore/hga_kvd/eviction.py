@@ -18,8 +18,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.checksum import mix
-
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -29,8 +27,10 @@ Bools = npt.NDArray[np.bool_]
 HALF_LIFE_SLOTS = 8
 # Ranking 32 K slots takes 0.15 ms, with the residency's lock held; larger arenas are ranked a window at a time.
 WINDOW_SLOTS = 1 << 15
-RANKED_SHARE = 32  # one in so many of a window is ranked as next to go
+RANKED_SHARE = 32  # one in so many of a window is ranked as next to go ...
+RANKED_MIN = 64  # ... but so many if a window has them: a ranking costs 50 us at least
 NOTED_MAX = 256  # slots in calls for a few, before the arrays hear of them
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
 NOT_HERE = np.inf  # worth of a slot that may not be evicted; adding a use to it changes nothing
 
 
@@ -128,7 +128,7 @@ class Lrfu:
         window = slice(self._window, self._window + WINDOW_SLOTS)
         self._window = window.stop if window.stop < len(self._key) else 0
         worth = np.where(pinned[window] == 0, self._log_worth[window], NOT_HERE)
-        count = min(len(worth), max(wanted, len(worth) // RANKED_SHARE))
+        count = min(len(worth), max(wanted, min(RANKED_MIN, len(worth) // 8), len(worth) // RANKED_SHARE))
         least = np.argpartition(worth, min(count, len(worth) - 1))[:count]
         least = least[np.argsort(worth[least], kind="stable")]
         least = least[np.isfinite(worth[least])]
@@ -140,7 +140,7 @@ class _Past:
 
     def __init__(self, slot_count: int) -> None:
         size = 1 << (2 * slot_count - 1).bit_length()
-        self._mask = np.uint64(size - 1)
+        self._shift = np.uint64(65 - size.bit_length())
         self._key: I64 = np.full(size, -1, np.int64)
         self._log_worth: F64 = np.zeros(size)
 
@@ -154,4 +154,5 @@ class _Past:
         return np.where(self._key[at] == keys, self._log_worth[at], -np.inf)
 
     def _at(self, keys: I64) -> I64:
-        return (mix(keys.astype(np.uint64)) & self._mask).astype(np.int64)
+        # Fibonacci hashing: the high bits of a product with 2 ** 64 / golden ratio spread neighbours evenly.
+        return (keys.view(np.uint64) * _SPREAD >> self._shift).view(np.int64)

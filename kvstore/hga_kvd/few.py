@@ -13,11 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from operator import attrgetter
 
-import numpy as np
-
 from hga_kvd.arena import EMPTY, FILLING, VALID
 from hga_kvd.checksum import checksum, record_seed
-from hga_kvd.disk import Disk
+from hga_kvd.disk import Disk, Read
 from hga_kvd.hits import Found
 from hga_kvd.index import NO_SEGMENT
 from hga_kvd.residency import Pool, Residency
@@ -83,20 +81,17 @@ def claim(residency: Residency, disk: Disk | None, log: SegmentLog | None, pool:
 def bring(disk: Disk, residency: Residency, pool: Pool, few: Few) -> bool:
     """Reads the misses into their slots and verifies them there. False: some are wrong."""
     size, address, memory = pool.slots.record_bytes, residency.address, residency.memory
-    runs: list[list[int]] = []  # [handle, offset, start, bytes]
+    reads: list[Read] = []
     after = (-1, 0, 0)
     for m in sorted(few.misses, key=attrgetter("handle", "offset")):
         if (m.handle, m.offset, m.start) == after:
-            runs[-1][3] += size
+            handle, offset, to, length = reads.pop()
+            reads.append((handle, offset, to, length + size))
         else:
-            runs.append([m.handle, m.offset, m.start, size])
+            reads.append((m.handle, m.offset, address + m.start, size))
         after = (m.handle, m.offset + size, m.start + size)
-    handles, offsets, starts, lengths = np.array(runs, np.int64).T.copy()
-    addresses = (starts + address).view(np.uint64)
-    failed = False
-    for statuses in disk.stream(handles.astype(np.int32), offsets, addresses, lengths, len(runs)):
-        failed |= bool(statuses.any())
-    few.good = [not failed and checksum(memory[m.start : m.start + size], m.seed) == m.expected for m in few.misses]
+    whole = disk.read_few(reads)
+    few.good = [whole and checksum(memory[m.start : m.start + size], m.seed) == m.expected for m in few.misses]
     return all(few.good)
 
 

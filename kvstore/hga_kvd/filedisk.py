@@ -25,7 +25,7 @@ import numpy as np
 from structlog.typing import FilteringBoundLogger
 
 from hga_kvd.config import Settings
-from hga_kvd.disk import I32, I64, U64
+from hga_kvd.disk import I32, I64, U64, Read
 from hga_kvd.errors import StartRefused
 from hga_kvd.io_engine import EngineUnavailable, IoEngine, transfer_all, whole_or_failed
 from hga_kvd.liburing_engine import LiburingEngine
@@ -103,6 +103,16 @@ class FileDisk:
         for moved in self._io.stream(fds, offsets, addresses, lengths, step):
             yield whole_or_failed(moved, lengths[first : first + len(moved)])
             first += len(moved)
+
+    def read_few(self, reads: list[Read]) -> bool:
+        bits = 0
+        for _, offset, address, length in reads:
+            bits |= offset | address | length
+        assert not bits & (self._alignment - 1), f"a transfer that is not aligned to {self._alignment} bytes"
+        fd_of = self._fds.item
+        return self._io.read_few(
+            [(fd_of(handle), offset, address, length) for handle, offset, address, length in reads]
+        )
 
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         return self._transfer(True, handles, offsets, addresses, lengths)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hga_kvd.disk import I32, I64, U64
+from hga_kvd.disk import I32, I64, U64, Read
 
 # A SQE's length is 32 bits and one read(2) stops at 2 GiB - 4 KiB; a longer transfer is a short one, finished below.
 TRANSFER_BYTES_MAX = 1 << 30
@@ -56,6 +56,9 @@ class IoEngine(Mover, Protocol):
 
         For one thread, which makes no other call of the engine meanwhile.
         """
+
+    def read_few(self, reads: list[Read]) -> bool:
+        """As Disk.read_few, of descriptors."""
 
     def shutdown(self) -> None:
         """Waits for the calls under way, then lets go of threads and file descriptors. No call may come after it."""
@@ -126,6 +129,17 @@ def transfer_all(
         rows, fds = rows[again], fds[again]
         offsets, left = offsets[again] + step[again], left[again] - step[again]
         addresses = addresses[again] + step[again].astype(np.uint64)
+
+
+def columns_of(reads: list[Read]) -> tuple[I32, I64, U64, I64]:
+    """As the other calls have them."""
+    handles, offsets, addresses, lengths = zip(*reads, strict=True)
+    return (
+        np.array(handles, np.int32),
+        np.array(offsets, np.int64),
+        np.array(addresses, np.uint64),
+        np.array(lengths, np.int64),
+    )
 
 
 def whole_or_failed(moved: I64, lengths: I64) -> I32:

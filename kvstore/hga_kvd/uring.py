@@ -25,6 +25,7 @@ import errno
 import mmap
 import os
 import platform
+import struct
 import threading
 import time
 import weakref
@@ -33,8 +34,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.disk import I32, I64, U64
-from hga_kvd.io_engine import Callers, EngineUnavailable, Results
+from hga_kvd.disk import I32, I64, U64, Read
+from hga_kvd.io_engine import Callers, EngineUnavailable, Results, columns_of
 
 U32 = npt.NDArray[np.uint32]
 
@@ -63,6 +64,7 @@ _SQE = np.dtype(
         "itemsize": 64,
     }
 )
+_SQE_PART = struct.Struct("<BBHiqQI")  # opcode, flags, priority, fd, offset, address, length
 # Reads of one thread that are laid out at once: 100 KiB of ring. A longer batch runs dry once in so many.
 _ENTRIES = 1024
 _CQE = np.dtype([("row", "<i8"), ("result", "<i4"), ("flags", "<u4")])
@@ -120,6 +122,8 @@ class Ring:
         self._cq_head, self._cq_tail = u32("cq_head"), u32("cq_tail")
         self._sq_array = u32("sq_array", sq_count)
         self._sqes = np.frombuffer(sqes, _SQE)
+        self._sqe_bytes = memoryview(sqes)
+        self._busy_tries = 0
         self._cqes = np.frombuffer(ring, _CQE, cq_count, int(params["cq_cqes"]))
         self._sqes["row"] = np.arange(sq_count)
         # places[p : p + n] are the n entries from p on, wrapped.
@@ -147,6 +151,28 @@ class Ring:
             self._drain()
             raise
 
+    def read_few(self, reads: list[Read]) -> bool:
+        """As IoEngine.read_few, at most `depth()` of them; otherwise as `stream`."""
+        assert not self.in_flight, "a ring serves one call at a time"
+        count, tail, array = len(reads), int(self._sq_tail[0]), self._sq_array.data
+        try:
+            for i, (fd, offset, address, length) in enumerate(reads):
+                _SQE_PART.pack_into(self._sqe_bytes, i * _SQE.itemsize, _OP_READ, 0, 0, fd, offset, address, length)
+                array[(tail + i) % self._count] = i
+            self._sq_tail[0] = (tail + count) & _MASK
+            submitted = completed = 0
+            while completed < count:
+                submitted, completed = self._advance(count, completed, count - submitted, count)
+            place, good = int(self._cq_head[0]), True
+            for i in range(place, place + count):
+                row, moved, _ = self._cqes[i % len(self._cqes)].item()
+                good &= moved == reads[row][3]
+            self._cq_head[0] = self._cq_tail[0]
+        except BaseException:
+            self._drain()
+            raise
+        return good
+
     def _queue(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> int:
         """Lays the transfers out in SQEs 0, 1, ... and names these in the next places of the queue; returns how many."""
         count, tail = len(fds), int(self._sq_tail[0])
@@ -161,7 +187,7 @@ class Ring:
     def _run(self, count: int, step: int) -> Results:
         """Submits what is queued, by and by, and yields results in order, at least `step` at a time but for the last."""
         results = np.full(count, _UNKNOWN)
-        submitted = completed = read = known = told = busy_tries = 0
+        submitted = completed = read = known = told = 0
         while told < count:
             room = max(0, min(self._depth() - (submitted - completed), count - submitted))
             waiting = submitted + room - completed
@@ -172,20 +198,24 @@ class Ring:
                 continue
             # What is ready is told only when the device has as much to do as it may have.
             wanted = min(waiting, step) if submitted + room == count else max(1, waiting // _WAIT_DIVISOR)
-            error = self._enter(room, 0 if ready else completed + wanted)
-            before = completed
-            submitted = count - ((int(self._sq_tail[0]) - int(self._sq_head[0])) & _MASK)
-            completed = (int(self._cq_tail[0]) - int(self._cq_head[0])) & _MASK
-            busy_tries = busy_tries + 1 if error and completed == before else 0
-            if error not in (0, errno.EINTR, errno.EAGAIN, errno.EBUSY) or busy_tries == _BUSY_TRIES_MAX:
-                raise OSError(error, "io_uring_enter: " + os.strerror(error))
-            if busy_tries and error != errno.EINTR:
-                time.sleep(_BUSY_PAUSE_S)
+            submitted, completed = self._advance(count, completed, room, 0 if ready else completed + wanted)
             if completed - told >= step or completed == count:
                 self._read(results, read, completed)
                 read = completed
                 unknown = results[told:] == _UNKNOWN
                 known = told + int(unknown.argmax()) if completed < count else count
+
+    def _advance(self, count: int, completed: int, room: int, wanted: int) -> tuple[int, int]:
+        """Submits `room` more of `count`, and waits for `wanted` to be complete; (submitted, completed). Raises OSError."""
+        error = self._enter(room, wanted)
+        submitted = count - ((int(self._sq_tail[0]) - int(self._sq_head[0])) & _MASK)
+        now = (int(self._cq_tail[0]) - int(self._cq_head[0])) & _MASK
+        self._busy_tries = self._busy_tries + 1 if error and now == completed else 0
+        if error not in (0, errno.EINTR, errno.EAGAIN, errno.EBUSY) or self._busy_tries == _BUSY_TRIES_MAX:
+            raise OSError(error, "io_uring_enter: " + os.strerror(error))
+        if self._busy_tries and error != errno.EINTR:
+            time.sleep(_BUSY_PAUSE_S)
+        return submitted, now
 
     def _enter(self, submit_count: int, cqe_count: int) -> int:
         """Submits, and waits until so many completions are unread; 0 or errno.
@@ -229,6 +259,19 @@ class UringEngine:
 
     def stream(self, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
         return self._stream(False, fds, offsets, addresses, lengths, step)
+
+    def read_few(self, reads: list[Read]) -> bool:
+        with self._callers:
+            if len(reads) <= self._depth():
+                try:
+                    return self._ring().read_few(reads)
+                except BaseException as error:
+                    self._local.__dict__.clear()
+                    if not isinstance(error, (EngineUnavailable, OSError)):
+                        raise
+                    return False
+        columns = columns_of(reads)
+        return bool((self.transfer(False, *columns) == columns[-1]).all())
 
     def _stream(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
         told = 0
