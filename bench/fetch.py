@@ -29,12 +29,14 @@ import numpy as np
 import results
 import typer
 from demo import BUILD, daemon
+from hga_kvd.filedisk import FileDisk
+from hga_kvd.uring import UringEngine
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
 from hga_kvd_client.lane import Watch
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
-from raw_io import fio_speed
+from raw_io import ALIGNMENT, disk_speed, fio_read
 from rich.console import Console
 from rich.table import Table
 
@@ -224,15 +226,17 @@ def from_disk(
     depth: int,
     pid: int,
 ) -> None:
-    """One round of the disk cases."""
+    """One round of the disk cases. `alone`: batches of as many reads by the daemon's I/O engine, and nothing else."""
+    disk = FileDisk(segment.parent, UringEngine(depth), ALIGNMENT)
     for groups in (4, 1):
         size = groups * RECORD
         of_fio = {}
         for kind in ("huge", "plain"):
             job = FIO.format(file=segment, total=segment.stat().st_size, size=size, how="randread", depth=depth, ms=700)
-            speed = fio_speed(job, depth * size, kind)
-            if speed is not None:
-                of_fio[kind] = speed
+            read = fio_read(job, depth * size, kind)
+            if read is not None:
+                of_fio[kind], cpu = read
+                values.setdefault(f"128 x {size >> 10} KiB NVMe, fio's CPU s/GB, {kind} pages", []).append(cpu)
         before = cpu_seconds(pid)
         speed, share = fetch_rounds(connection, session_id, data, rounds, seed, groups)
         used = cpu_seconds(pid) - before
@@ -240,8 +244,11 @@ def from_disk(
         values.setdefault(f"{name}, GB/s", []).append(speed)
         values.setdefault(f"{name}, from disk", []).append(share)
         values.setdefault(f"{name}, daemon CPU s/GB", []).append(used / (rounds * READS * size / 1e9))
+        alone = disk_speed(disk, size, READS, 0.5, "huge", segment.name)
+        values.setdefault(f"{name}, over the same reads alone", []).append(speed / alone)
         for kind, theirs in of_fio.items():
             values.setdefault(f"{name}, over fio, {kind} pages", []).append(speed / theirs)
+    disk.shutdown()
     chance = np.random.default_rng(seed + 1000)
     times = [fetched(connection, session_id, data, some_keys(chance, len(data), READS, 4))[0] for _ in range(rounds)]
     p50, p99 = np.quantile(times, (0.5, 0.99))

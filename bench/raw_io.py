@@ -118,9 +118,9 @@ def make_disks(directory: Path, names: list[str], depth: int) -> dict[str, FileD
     return disks
 
 
-def disk_speed(disk: FileDisk, size: int, batch: int, seconds: float, kind: str) -> float:
+def disk_speed(disk: FileDisk, size: int, batch: int, seconds: float, kind: str, name: str = FILE_NAME) -> float:
     """GB/s over `seconds` of calls, without what making up the calls takes."""
-    handle = disk.open(FILE_NAME)
+    handle = disk.open(name)
     places = disk.size(handle) // size
     rng = np.random.default_rng()
     buffer = aligned_buffer(batch * size, huge=kind == "huge")
@@ -140,7 +140,13 @@ def disk_speed(disk: FileDisk, size: int, batch: int, seconds: float, kind: str)
 
 
 def fio_speed(job: str, memory_bytes: int, kind: str) -> float | None:
-    """GB/s, or None where fio cannot have memory of this kind.
+    """GB/s, or None where fio cannot have memory of this kind."""
+    read = fio_read(job, memory_bytes, kind)
+    return read[0] if read else None
+
+
+def fio_read(job: str, memory_bytes: int, kind: str) -> tuple[float, float] | None:
+    """GB/s, and CPU seconds a GB; None where fio cannot have memory of this kind.
 
     fio's own buffer is too small to be given a huge page, so it maps a file of a tmpfs that is all huge pages and was
     filled before; that tmpfs lives in a mount namespace of this one command.
@@ -156,7 +162,9 @@ def fio_speed(job: str, memory_bytes: int, kind: str) -> float | None:
             command = ["unshare", "--mount", "sh", "-c", f"{setup} {job} --iomem=mmapshared:{mount}/memory"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     with contextlib.suppress(ValueError):
-        return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"]) / 1e9
+        found = json.loads(done.stdout)["jobs"][0]
+        speed = float(found["read"]["bw_bytes"]) / 1e9
+        return speed, (found["usr_cpu"] + found["sys_cpu"]) / 100 / speed
     return None
 
 
