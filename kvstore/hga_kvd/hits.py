@@ -18,8 +18,8 @@ from hga_kvd.residency import Pool
 KEY = struct.Struct("<IHH")  # KEY_DTYPE: group, KV head, layer
 
 # Up to here integers of Python are faster than arrays of numpy, and a copy under the lock than pins and a second turn
-# of it: 8 records of 8 KiB take 10 us so, 25 us the other way; at 32 both take the same. From disk 12, 32 and 48 records cost
-# 0.57, 1.08 and 1.72 ms of processor this way, and 1.12, 1.57 and 1.73 the other.
+# of it: 8 records of 8 KiB take 10 us so, 25 us the other way; at 32 both take the same. From disk 12, 32 and 48 records
+# cost 0.57, 1.08 and 1.72 ms of processor this way, and 1.12, 1.57 and 1.73 the other.
 FEW_KEYS = 32
 FEW_BYTES = 256 << 10
 

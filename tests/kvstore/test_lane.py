@@ -139,7 +139,7 @@ def test_lies_in_a_header_are_refused_and_the_lane_goes_on(kvd, lane):
     assert lane.memory[: payload.size].tobytes() == records_of(payload, all_keys(1)).tobytes()
 
 
-@pytest.mark.parametrize(("count", "hook"), [(4, "fetch_few"), (20, "fetch")])
+@pytest.mark.parametrize(("count", "hook"), [(4, "fetch_few"), (36, "fetch")])
 def test_a_request_is_read_once(kvd, lane, monkeypatch, count, hook):
     """What the client writes after the daemon has looked changes nothing: neither keys nor range."""
     session_id, payload = filled(kvd)
