@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from hga_kvd_client import errors
@@ -69,6 +70,9 @@ class DeviceAttending:
 
         token: another number for every token.
         """
+        if self._device.type == "cuda" and self._device.index not in (None, torch.cuda.current_device()):
+            with torch.cuda.device(self._device):  # where kernels go
+                return self.attend(layer, q, scale, seen, token, first, end)
         geometry, stats, step, connection = self._stored.geometry, self._stats, self.step, self._stored.connection
         assert step is not None, "takes said so"
         if connection.reader not in (None, self._settle):
@@ -85,8 +89,9 @@ class DeviceAttending:
                 states, window = self._layer_states(), self._window
                 first_group = first * geometry.groups_per_chunk
                 step.begin(token, window.everything, states, scale, window.place(seen), first_group, groups)
-            step.start(layer, q, *held)
+            keys = None
             try:
+                step.start(layer, q, *held)
                 keys = step.misses(layer)
                 if len(keys):
                     answer = self._stored.fetch(keys, recovers=False)
@@ -99,6 +104,7 @@ class DeviceAttending:
                 step.abandon(layer)
                 raise
             # The device waits no more: what a call can recover from is put right now, and the layer is done again.
+            assert keys is not None, "only a fetch raises such an error"
             self._stored.fetch(keys)
         if answer is not None:
             stats.ram_bytes += answer.ram_records * geometry.record_bytes

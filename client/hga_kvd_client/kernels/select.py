@@ -60,6 +60,16 @@ def _bin(mass):
 
 
 @triton.jit
+def _places(taken, counter):
+    """Where each of those taken goes in a list whose length stands at counter: at its end, in their order."""
+    number = tl.sum(taken.to(tl.int32), 0)
+    first = 0
+    if number > 0:
+        first = tl.atomic_add(counter, number)
+    return first + tl.cumsum(taken.to(tl.int32), 0) - 1
+
+
+@triton.jit
 def _log_sum(lse, rows, head, RATIO: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
     """Largest and, relative to it, sum of exp(lse[:rows]) for the query heads of a KV head. lse: [rows, heads]."""
     heads = tl.num_programs(1) * RATIO
@@ -158,15 +168,10 @@ def _gather(
     else:
         tied = inside & (bin == last)
         taken = inside & (bin > last)
-        number = tl.sum(taken.to(tl.int32), 0)
-        if number > 0:
-            place = tl.atomic_add(counts + head, number) + tl.cumsum(taken.to(tl.int32), 0) - 1
-            tl.store(groups + head * most + place, group, mask=taken)
-    number = tl.sum(tied.to(tl.int32), 0)
-    if number > 0:
-        place = tl.atomic_add(tie_count, number) + tl.cumsum(tied.to(tl.int32), 0) - 1
-        key = (pooled.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - (head * capacity + group))
-        tl.store(ties + place, key, mask=tied & (place < TIES))
+        tl.store(groups + head * most + _places(taken, counts + head), group, mask=taken)
+    place = _places(tied, tie_count)
+    key = (pooled.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - (head * capacity + group))
+    tl.store(ties + place, key, mask=tied & (place < TIES))
 
 
 @triton.jit
@@ -188,11 +193,8 @@ def _gather_mask(
         return
     group = start + tl.arange(0, BLOCK)
     place = head * capacity + tl.load(control + FIRST_GROUP).to(tl.int32) + group
-    taken = (tl.load(mask + place, mask=group < count, other=0) != 0).to(tl.int32)
-    number = tl.sum(taken, 0)
-    if number > 0:
-        place = tl.atomic_add(counts + head, number) + tl.cumsum(taken, 0) - 1
-        tl.store(groups + head * most + place, group, mask=taken > 0)
+    taken = tl.load(mask + place, mask=group < count, other=0) != 0
+    tl.store(groups + head * most + _places(taken, counts + head), group, mask=taken)
 
 
 def pool(
