@@ -351,6 +351,29 @@ def draw(table: list[dict[str, Any]], path: Path, across: str, title: str) -> No
     pyplot.close(figure)
 
 
+def through_daemon(
+    text: texts.Text, count: int, device: str, directory: Path, out: Path, record: bool
+) -> dict[str, Any]:
+    """The default rule over `count` tokens behind the first half of a text: simulated, and by patch and daemon."""
+    import through_daemon as real  # noqa: PLC0415 (needs what a client needs)
+    from hga_kvd_client import SessionOptions  # noqa: PLC0415
+
+    name, tokens = text
+    start = len(tokens) // 2
+    model = smollm2.load(directory)[0].to(device)
+    head_dim = head_dim_of(model.config)
+    options = SessionOptions(router="sketch", sketch_basis_tokens=min(BASIS_TOKENS, start // 2))
+    spec = sketch(head_dim // 4, head_dim // 4, options.sketch_groups, options.sketch_basis_tokens)
+    row = row_of(spec, head_dim, stretch(model, model.base_model.rotary_emb.inv_freq, len(tokens)))
+    assert row is not None
+    config = {"what": "daemon", "text": name, "prompt": start, "tokens": count, "row": spec.label(), "device": device}
+    numbers = real.compare(model, torch.from_numpy(tokens[: start + count]).to(device), start, row, options, out)
+    console.print(config | numbers)
+    if record:
+        results.append("quality", config | {"command": " ".join(sys.argv)}, numbers)
+    return config | numbers
+
+
 def main(
     tokens: Annotated[Path, typer.Option(help="arrays [documents, tokens] of token ids, as in the dev file")],
     budgets: Annotated[str, typer.Option(help="groups per KV head of a layer's budget, in the table")] = "4,8,16,32",
@@ -362,6 +385,7 @@ def main(
     sweep: Annotated[bool, typer.Option(help="sketches of many sizes")] = False,
     extra: Annotated[bool, typer.Option(help="cover, routed prefill and fp8 K/V")] = False,
     drift: Annotated[list[str] | None, typer.Option(help="texts that change: start, turns, long")] = None,
+    daemon: Annotated[int, typer.Option(help="tokens of the first text, decoded by a real daemon too", min=0)] = 0,
     lines: Annotated[Path | None, typer.Option(help="directory of the losses; build/quality if not told")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="where the numbers go")] = None,
     model: Annotated[Path, typer.Option(help="directory of the weights")] = BUILD / "model",
@@ -378,7 +402,7 @@ def main(
     head_dim = head_dim_of(smollm2.config(model))
     found = texts.documents(tokens, documents, length)
     asked: list[tuple[str, list[Spec], list[texts.Text]]] = []
-    if table or not (sweep or extra or drift):
+    if table or not (sweep or extra or drift or daemon):
         asked.append(("table", table_rows(tuple(map(int, budgets.split(","))), head_dim), found))
     if sweep:
         asked.append(("sweep", sweep_rows(head_dim), found))
@@ -393,7 +417,7 @@ def main(
         study.begin({"tokens": tokens.name, "device": name, "jobs": jobs, "command": " ".join(sys.argv)})
     if measure_lacking:
         run(studies, device, jobs, model)
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for study in studies:
         head, losses = study.read()
         rows = summary(study.specs, losses, head_dim)
@@ -407,6 +431,8 @@ def main(
         if record:
             results.append("quality", config, {"table": rows}, made=head["made"])
         numbers[study.name] = {**head, "table": rows, "lines": losses}
+    if daemon:
+        numbers["daemon"] = through_daemon(found[0], daemon, device, model, out, record)
     if json_path is not None:
         json_path.write_text(json.dumps(numbers, indent=1) + "\n")
 

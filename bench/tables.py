@@ -112,7 +112,8 @@ def quality_studies(root: Path) -> str:
 
 
 def _studies(root: Path) -> dict[str, Line]:
-    return {line["config"]["what"]: line for line in lines("quality", root)}
+    found = lines("quality", root)
+    return {line["config"]["what"]: line for line in found if "table" in line["numbers"]}
 
 
 def _quality(studies: list[Line], kinds: tuple[str, ...]) -> str:

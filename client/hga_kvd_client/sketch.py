@@ -210,32 +210,34 @@ def log_mass(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Te
     """Log of the attention mass of every group for every query, as the sketch sees it: logsumexp over its tokens of
     z . y + offset. The twin of the kernel.
 
-    Keys are not decoded: z times the steps meets the codes, and what all tokens of a block share is added once.
+    Keys are not decoded: codes times their steps meet z, and what all tokens of a block share is added once. No tensor is
+    larger than the scores or one field of the codes.
 
     z, offset: as Basis.project returned them, [kv_heads, queries, head_dim] and [kv_heads, queries]; records: uint8
     [kv_heads, chunks, chunk_bytes]. Returns [kv_heads, queries, chunks * groups_per_chunk], float32.
     """
     kv_heads, chunks, _ = records.shape
-    blocks = (kv_heads, chunks, spec.blocks)
-    mean = widened(records[..., spec.mean_offset : spec.step_offset]).view(*blocks, spec.head_dim)
-    step = widened(records[..., spec.step_offset :]).view(*blocks, 1, spec.kept)
-    shared = mean @ z.transpose(1, 2)[:, None]  # [kv_heads, chunks, blocks, queries]
-    weights = z[:, None, None, :, : spec.kept] * step  # [kv_heads, chunks, blocks, queries, kept]
-    groups = records[..., : spec.mean_offset].view(*blocks, -1, spec.group_bytes)
-    scores: Tensor | float = 0.0
+    blocks, groups = chunks * spec.blocks, chunks * spec.groups_per_chunk
+    mean = widened(records[..., spec.mean_offset : spec.step_offset]).view(kv_heads, blocks, spec.head_dim)
+    step = widened(records[..., spec.step_offset :]).view(kv_heads, blocks, spec.kept).transpose(1, 2)
+    shared = torch.bmm(z, mean.transpose(1, 2))  # [kv_heads, queries, blocks]
+    by_group = records[..., : spec.mean_offset].view(kv_heads, chunks, spec.groups_per_chunk, spec.group_bytes)
+    scores = torch.zeros(kv_heads, z.shape[1], groups, spec.group_tokens, device=z.device)
     offset_bytes = 0
     for bits, first, end in spec.planes:
         dims, row_bytes = end - first, spec.group_tokens * bits // 8
-        packed = groups[..., offset_bytes : offset_bytes + dims * row_bytes].view(*groups.shape[:4], dims, row_bytes)
-        codes = _unpack(packed.transpose(3, 4).flatten(4), bits)  # [*blocks, dims, fields, groups * row_bytes]
-        mine = weights[..., first:end]
-        found = (mine @ codes.flatten(4)).view(*mine.shape[:4], *codes.shape[4:-1], -1, row_bytes)
-        scores = scores + found.transpose(4, 5).flatten(5)  # [*blocks, queries, groups, group_tokens]
-        shared = shared - (2 ** (bits - 1) - 0.5) * mine.sum(4)
+        packed = by_group[..., offset_bytes : offset_bytes + dims * row_bytes]
+        packed = packed.view(*by_group.shape[:3], dims, row_bytes).permute(0, 3, 1, 2, 4).reshape(kv_heads, dims, -1)
+        mine, steps = z[..., first:end], step[:, first:end]
+        for field in range(8 // bits):
+            codes = ((packed >> (bits * field)) & (2**bits - 1)).float()
+            codes.view(kv_heads, dims, blocks, -1).mul_(steps[..., None])
+            tokens = scores[..., field * row_bytes : (field + 1) * row_bytes]
+            tokens += torch.bmm(mine, codes).view(tokens.shape)
+        shared -= (2 ** (bits - 1) - 0.5) * torch.bmm(mine, steps)
         offset_bytes += dims * row_bytes
-    assert isinstance(scores, Tensor)
-    masses = scores.logsumexp(5) + shared[..., None]
-    return masses.permute(0, 3, 1, 2, 4).flatten(2) + offset[..., None]
+    masses = scores.logsumexp(3).view(kv_heads, z.shape[1], blocks, -1) + shared[..., None]
+    return masses.flatten(2) + offset[..., None]
 
 
 def _float8(values: Tensor) -> Tensor:
@@ -251,13 +253,3 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     for field in range(1, 8 // bits):
         packed |= fields[..., field, :] << (bits * field)
     return packed
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of _pack as floats, fields apart: [..., n * bits / 8] to [..., 8 / bits, n * bits / 8]."""
-    fields = 8 // bits
-    codes = torch.empty(*packed.shape[:-1], fields, packed.shape[-1], device=packed.device)
-    for field in range(fields):
-        shifted = packed >> (bits * field) if field else packed
-        codes[..., field, :] = shifted & (2**bits - 1) if field + 1 < fields else shifted
-    return codes
