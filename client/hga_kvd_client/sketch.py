@@ -218,8 +218,8 @@ def log_mass(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Te
     """
     kv_heads, chunks, _ = records.shape
     blocks, groups = chunks * spec.blocks, chunks * spec.groups_per_chunk
-    mean = widened(records[..., spec.mean_offset : spec.step_offset]).view(kv_heads, blocks, spec.head_dim)
-    step = widened(records[..., spec.step_offset :]).view(kv_heads, blocks, spec.kept).transpose(1, 2)
+    mean = widened(records[..., spec.mean_offset : spec.step_offset]).reshape(kv_heads, blocks, spec.head_dim)
+    step = widened(records[..., spec.step_offset :]).reshape(kv_heads, blocks, spec.kept).transpose(1, 2)
     shared = torch.bmm(z, mean.transpose(1, 2))  # [kv_heads, queries, blocks]
     by_group = records[..., : spec.mean_offset].view(kv_heads, chunks, spec.groups_per_chunk, spec.group_bytes)
     scores = torch.zeros(kv_heads, z.shape[1], groups, spec.group_tokens, device=z.device)
