@@ -9,7 +9,7 @@ before `start` are a prompt that was prefilled exactly. Nothing is random.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -58,7 +58,6 @@ class Row:
     block_visibility: bool = False
     kv_float8: bool = False
     dense: bool = False
-    config: dict[str, Any] = field(default_factory=dict)
 
 
 class Hga:

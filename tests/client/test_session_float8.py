@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from fake_connection import FakeConnection, FakeDaemon
-from hga_kvd_client import SessionOptions
+from hga_kvd_client import SessionOptions, connect
 from hga_kvd_client.client import Client
+from hga_kvd_client.errors import GeometryMismatch
 from hga_kvd_client.float8 import pack, unpack
 from hga_kvd_client.keys import record_keys
 from sequences import DIM, GEOMETRY, KV_HEADS, LAYERS, ROPE, Tokens, blocks
@@ -91,3 +92,26 @@ def test_what_is_rounded_is_not_shared_with_what_is_not():
     assert fp8.geometry.model_fingerprint != exact.geometry.model_fingerprint
     other = open_session(daemon, "c", geometry=replace(GEOMETRY, model_fingerprint="another"))
     assert len({s.geometry for s in (fp8, exact, other)}) == 3
+
+
+def test_through_a_real_daemon_also_after_a_kill(daemon):
+    running, tokens = daemon(), Tokens(760)
+    options = replace(OPTIONS, router="sketch", sketch_basis_tokens=256, sketch_groups=3)
+    with connect(running.target) as client:
+        session = client.open("s", GEOMETRY, ROPE, options)
+        for first, end in blocks([352], 704):
+            tokens.run(session, first, end)
+        tokens.run(session, 704, 705)
+        session.flush()
+        outs = [tokens.run(session, at, at + 1) for at in range(705, 720)]
+        assert session.stats.nvme_bytes + session.stats.ram_bytes > 0
+        running.kill()
+    running.start()
+    with connect(running.target) as client:
+        other = client.open("s", GEOMETRY, ROPE, options)
+        assert other.tokens == 704
+        tokens.run(other, 704, 705)
+        for at, out in zip(range(705, 720), outs, strict=True):
+            assert torch.equal(tokens.run(other, at, at + 1), out)
+        with pytest.raises(GeometryMismatch):
+            client.open("s", GEOMETRY, ROPE, replace(options, kv_dtype="model"))
