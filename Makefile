@@ -8,6 +8,8 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 TEXT ?=
 
 SCHEDULES_S ?= 600
+KILLS ?= 50
+CHURN_S ?= 600
 
 .PHONY: soak mutants demo test lint types unit model proto setup apt peers tables
 
@@ -49,7 +51,7 @@ model: setup
 # What CI shows, for much longer: docs/testing.md.
 soak: setup mutants
 	$(BIN)/python -m hga_kvd.testing.soak --seconds $(SCHEDULES_S)
-	HGA_KVD_SOAK_KILLS=50 HGA_KVD_SOAK_CHURN_S=600 $(BIN)/python -m pytest -q -s --timeout 3600 \
+	HGA_KVD_SOAK_KILLS=$(KILLS) HGA_KVD_SOAK_CHURN_S=$(CHURN_S) $(BIN)/python -m pytest -q -s --timeout 3600 \
 	  tests/kvstore/test_kill.py tests/kvstore/test_memory.py
 
 # The engine broken on purpose, in a copy of the tree: each break must be noticed.

@@ -47,7 +47,9 @@ MUTANTS = (
     Mutant("skip a reference count", "index.py", "        self.refs[rows] += 1\n", "        pass\n"),
     Mutant("keep a reference count", "index.py", "        self.refs[rows] -= 1\n", ""),
     Mutant("leave torn frames", "startup.py", "erase_heads(disk, handle, found.stale)", "pass"),
-    Mutant("take torn bodies", "recovery.py", "or not self._body_is_whole(frame)", ""),
+    Mutant("take torn bodies", "recovery.py", " or not (yield from self._body_is_whole(frame))", ""),
+    Mutant("evict an open session", "residency.py", ' and s.state != "open"', ""),
+    Mutant("expire a pinned session", "engine.py", "s.ttl_s and not s.pinned and", "s.ttl_s and"),
     Mutant("forget that a manifest may be there", "writeout.py", " or self.unsure:", ":"),
 )
 

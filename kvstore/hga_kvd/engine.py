@@ -195,6 +195,7 @@ class Engine:
         """
         with self._lock:
             session = self._residency.session(session_id, epoch)
+            session.use(self._clock())
             places = sessions.cut(self._residency, session, chunk_count)
             self._parts.lose(places)
             self._parts.mark_dirty(session)
@@ -355,7 +356,7 @@ class Engine:
 
         Raises: SessionNotFound, StaleEpoch, InvalidRequest, KeyOutOfRange, LimitExceeded, StorageFull, WriteFailed.
         """
-        self._summary_path.put(session_id, epoch, kind, first_chunk, chunk_count, payload)
+        self._summary_path.put(session_id, epoch, kind, first_chunk, chunk_count, payload, self._clock())
 
     def get_summaries(
         self, session_id: int, kind: str, first_chunk: int, chunk_count: int, bytes_max: int, epoch: int = 0
@@ -389,6 +390,7 @@ class Engine:
         """
         with self._lock:
             session = self._residency.session(session_id)
+            session.use(self._clock())  # nor may space be made of it while it is written
             self._counters.flushes += 1
         if self._writeout is None:
             raise NotDurable("this daemon keeps K/V in RAM only: start it with --nvme to make sessions durable")

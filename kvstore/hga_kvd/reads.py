@@ -154,12 +154,15 @@ def read(disk: Disk, items: Items, memory: U8, at: I64) -> Bools:
 
 
 def read_again(disk: Disk, items: Items, bad: Bools, destination: U8) -> None:
-    """One single read more for each bad item, verified in memory of our own. Clears those that are good now."""
+    """Up to two reads of its own for each bad item, verified in memory of our own. Clears those that are good now.
+
+    Two: the one that failed may have done so for a bad sector of its neighbours, and the next one by chance.
+    """
     size = items.item_bytes
-    for i in np.flatnonzero(bad).tolist():
+    for i in np.repeat(np.flatnonzero(bad), 2).tolist():
         own = np.zeros(size, np.uint8)
         item = items.one(i)
-        if not read(disk, item, own, item.positions)[0] and not item.wrong(own.data, item.positions)[0]:
+        if bad[i] and not read(disk, item, own, item.positions)[0] and not item.wrong(own.data, item.positions)[0]:
             at = int(items.positions[i]) * size
             destination[at : at + size] = own
             bad[i] = False

@@ -46,14 +46,17 @@ class SummaryPath:
         self._staging = Staging()
         self._bytes_max = max(RAM_BYTES_MIN, parts.settings.ram // RAM_SHARE)
 
-    def put(self, session_id: int, epoch: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes) -> None:
-        """As Engine.put_summaries."""
+    def put(
+        self, session_id: int, epoch: int, kind: str, first_chunk: int, chunk_count: int, payload: bytes, now: float
+    ) -> None:
+        """As Engine.put_summaries. now: seconds."""
         settings, writeout = self._parts.settings, self._parts.writeout
         size = summary_bytes(settings, kind, chunk_count, payload)
         while True:
             with self._lock:
                 session = self._residency.session(session_id, epoch)
                 rows = rows_to_put(settings, session, kind, first_chunk, chunk_count, size)
+                session.use(now)
                 held = self._residency.summary_bytes
                 if not held or held + len(payload) <= self._bytes_max:
                     put(session, rows, kind, payload)

@@ -20,8 +20,8 @@ from hga_kvd.errors import (
     StorageFull,
 )
 from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.testing.oracle import random_keys, records_of
 from hga_kvd.testing.simdisk import SimDisk
-from hga_kvd.testing.workload import random_keys, records_of
 
 MIB = 1 << 20
 WIDE = Geometry(2, 2, 64, "float32")  # records of 8192 bytes, extents of 64 KiB, chunks of 128 KiB

@@ -12,7 +12,8 @@ from hga_kvd.engine import Engine
 from hga_kvd.errors import StartRefused
 from hga_kvd.filedisk import make_disk
 from hga_kvd.geometry import Geometry
-from hga_kvd.testing.workload import Workload, random_keys, records_of
+from hga_kvd.testing.oracle import random_keys, records_of
+from hga_kvd.testing.trial import Trial
 
 MIB = 1 << 20
 WIDE = Geometry(2, 2, 64, "float32")
@@ -54,12 +55,10 @@ def test_round_trip(tmp_path: Path, io_engine: str) -> None:
 
 
 def test_workload(tmp_path: Path) -> None:
-    work = Workload(make(tmp_path), 11, (WIDE, Geometry(3, 3, 80, "bfloat16")))
+    trial = Trial(make(tmp_path), 11, (WIDE, Geometry(3, 3, 80, "bfloat16")))
     for _ in range(3):
-        work.run(150)
-        for known in work.known.values():
-            if known.name:
-                work.flush(known)
-        work.engine.shutdown()
-        work.after_restart(make(tmp_path))
-    work.engine.shutdown()
+        trial.run(150)
+        trial.store.shutdown()
+        trial.stopped()
+        trial.restarted(make(tmp_path))
+    trial.store.shutdown()

@@ -15,8 +15,8 @@ from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.memory import aligned_buffer
+from hga_kvd.testing.oracle import records_of
 from hga_kvd.testing.simdisk import SimDisk
-from hga_kvd.testing.workload import records_of
 
 MIB = 1 << 20
 WIDE = Geometry(2, 2, 64, "float32")  # records of 8192 bytes, extents of 64 KiB, chunks of 128 KiB

@@ -142,3 +142,17 @@ def test_a_summary_outlives_the_session_it_was_put_through() -> None:
     engine.truncate(first, 0, 0)
     engine.shutdown()
     assert make(disk.crash()).get_summaries(fork, "k", 0, 1, 100) == (1, b"new")
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_a_bad_sector_and_one_bad_read_cost_only_the_record_that_was_hit(n: int) -> None:
+    """The bad sector fails the read of its neighbours, and then their own read is the one that goes wrong, for once."""
+    disk = SimDisk()
+    filled(disk).shutdown()
+    disk = disk.kill()
+    engine = make(disk)
+    disk.spoil(SEGMENT, (BLOCK_BYTES + 3 * FRAME + BLOCK_BYTES + 100) // SECTOR_BYTES)
+    disk.schedule([Fault("read", n, "flip", n)])
+    assert damaged(engine) == [3]
+    assert disk.struck
+    assert engine.info(1).damaged_records == 1

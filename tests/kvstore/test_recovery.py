@@ -16,8 +16,8 @@ from hga_kvd.format import encode_segment_header
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.manifest import decode_manifest, encode_manifest
 from hga_kvd.recovery import Unread, walk_all
+from hga_kvd.testing.oracle import records_of
 from hga_kvd.testing.simdisk import SimDisk
-from hga_kvd.testing.workload import records_of
 
 MIB = 1 << 20
 WIDE = Geometry(2, 2, 64, "float32")  # chunks of 128 KiB

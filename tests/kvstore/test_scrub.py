@@ -10,8 +10,8 @@ from hga_kvd.arena import BAD
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.testing.oracle import records_of
 from hga_kvd.testing.simdisk import SimDisk
-from hga_kvd.testing.workload import records_of
 from hga_kvd_proto.v1 import kvd_pb2
 from wire import append, command, open_session, payload_of, rot
 

@@ -10,8 +10,8 @@ from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.errors import InvalidRequest, KeyOutOfRange, SessionNotFound, StaleEpoch, StorageFull, WriteFailed
 from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.testing.oracle import random_keys, records_of
 from hga_kvd.testing.simdisk import SimDisk
-from hga_kvd.testing.workload import random_keys, records_of
 
 MIB = 1 << 20
 WIDE = Geometry(2, 2, 64, "float32")  # chunks of 128 KiB

@@ -13,9 +13,26 @@ import numpy.typing as npt
 
 from hga_kvd.answers import EngineStats, Fetched, SessionInfo
 from hga_kvd.checksum import checksum
-from hga_kvd.geometry import Geometry, Keys
+from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 
 U8 = npt.NDArray[np.uint8]
+
+
+def random_keys(chance: np.random.Generator, geometry: Geometry, chunk_count: int, count: int) -> Keys:
+    keys = np.zeros(count, KEY_DTYPE)
+    keys["group"] = chance.integers(0, chunk_count * geometry.groups_per_chunk, count)
+    keys["kv_head"] = chance.integers(0, geometry.kv_heads, count)
+    keys["layer"] = chance.integers(0, geometry.layers, count)
+    return keys
+
+
+def records_of(geometry: Geometry, chunks: U8, keys: Keys) -> U8:
+    """What a fetch of `keys` must return. chunks: [chunks, chunk_bytes]."""
+    g = geometry
+    view = chunks.reshape(len(chunks), g.layers, g.kv_heads, g.groups_per_chunk, g.record_bytes)
+    group = keys["group"].astype(np.int64)
+    records: U8 = view[group // g.groups_per_chunk, keys["layer"], keys["kv_head"], group % g.groups_per_chunk]
+    return records
 
 
 class Gone(Exception):
@@ -26,7 +43,14 @@ class Store(Protocol):
     """What a trial drives: the engine, or a client that reaches one. Refusals are the engine's errors."""
 
     def open(
-        self, name: str, geometry: Geometry | None, create: bool, *, tenant: str = "", token_ids: bytes = b""
+        self,
+        name: str,
+        geometry: Geometry | None,
+        create: bool,
+        *,
+        tenant: str = "",
+        token_ids: bytes = b"",
+        ttl_s: int = 0,
     ) -> SessionInfo: ...
     def fork(self, session_id: int, epoch: int, chunk_count: int, name: str) -> SessionInfo: ...
     def truncate(self, session_id: int, epoch: int, chunk_count: int) -> SessionInfo: ...
@@ -106,6 +130,9 @@ class Known:
     durable_chunks: int = 0
     pinned: set[bool] = field(default_factory=lambda: {False})  # what it may be, after pins that did not return well
     deleting: bool = False  # a delete has begun and did not return
+    ttl_s: int = 0
+    used: set[float] = field(default_factory=set)  # when it was used last: one of these
+    idle: bool = False  # nobody has it open
     undo: list[Known] = field(default_factory=list)  # as it was before truncations that did not return well
     shaky: set[int] = field(default_factory=set)  # chunks that a fault may have damaged, if they are found
     # Chunks behind the end that a start did not find, because of a fault: they may be found again until others are
@@ -115,6 +142,19 @@ class Known:
     @property
     def key(self) -> str:
         return self.name or f"#{self.session_id}"
+
+    def use(self, now: float) -> None:
+        self.used, self.idle = {now}, False
+
+    def may_expire(self, now: float) -> bool:
+        return self.ttl_s > 0 and False in self.pinned and any(now - used >= self.ttl_s for used in self.used)
+
+    def must_expire(self, now: float) -> bool:
+        return self.ttl_s > 0 and self.pinned == {False} and all(now - used >= self.ttl_s for used in self.used)
+
+    @property
+    def evictable(self) -> bool:
+        return bool(self.name and self.chunks) and self.idle and False in self.pinned
 
     def flushed(self) -> None:
         self.durable, self.durable_chunks = True, len(self.chunks)
@@ -126,7 +166,7 @@ class Known:
     def before(self) -> Known:
         """A copy, to go back to."""
         copy = replace(self, chunks=list(self.chunks), undo=[], ghosts=list(self.ghosts))
-        copy.shaky, copy.pinned = set(self.shaky), set(self.pinned)
+        copy.shaky, copy.pinned, copy.used = set(self.shaky), set(self.pinned), set(self.used)
         return copy
 
     def cut(self, chunk_count: int) -> None:

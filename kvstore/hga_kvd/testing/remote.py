@@ -32,10 +32,19 @@ class RemoteStore:
         self._stub: Any = kvd_pb2_grpc.KvdStub(channel)  # type: ignore[no-untyped-call]
 
     def open(
-        self, name: str, geometry: Geometry | None, create: bool, *, tenant: str = "", token_ids: bytes = b""
+        self,
+        name: str,
+        geometry: Geometry | None,
+        create: bool,
+        *,
+        tenant: str = "",
+        token_ids: bytes = b"",
+        ttl_s: int = 0,
     ) -> SessionInfo:
         message = None if geometry is None else geometry_message(geometry)
-        request = kvd_pb2.OpenRequest(name=name, geometry=message, create=create, tenant=tenant, token_ids=token_ids)
+        request = kvd_pb2.OpenRequest(
+            name=name, geometry=message, create=create, tenant=tenant, token_ids=token_ids, ttl_s=ttl_s
+        )
         found = self._ask("Open", request)
         return _info(found, created=found.created)
 

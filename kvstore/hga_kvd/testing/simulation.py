@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Literal
 
 from hga_kvd.checksum import checksum
 from hga_kvd.config import Settings
@@ -32,6 +33,7 @@ from hga_kvd.format import (
 from hga_kvd.geometry import Geometry
 from hga_kvd.manifest import MANIFEST_NAME, decode_manifest
 from hga_kvd.testing.faults import Fault, Life, Remains, Schedule, Severity
+from hga_kvd.testing.judge import Clock
 from hga_kvd.testing.simdisk import SECTOR_BYTES, PowerLoss, SimDisk
 from hga_kvd.testing.trial import Trial
 
@@ -177,7 +179,13 @@ class Simulation:
         self.operations: list[int] = []  # of each disk, from power on to power loss
         self._noted = 0  # faults in the trace
         self.nvme_max = chance.choice((0, 0, 2 * MIB)) if wide else chance.choice((0, 0, 256 * KIB, 512 * KIB))
-        self.settings = _settings((512 if wide else chance.choice((64, 64, 256))) * KIB, self.nvme_max)
+        evicts = self.nvme_max > 0 and chance.random() < 0.5
+        if evicts and not wide:
+            self.nvme_max = 128 * KIB  # two small segments: space is short soon
+        self.settings = _settings(
+            (512 if wide else 64 if evicts else chance.choice((64, 64, 256))) * KIB, self.nvme_max, evicts
+        )
+        self.clock = Clock()
         self.disk = SimDisk(chance.choice((1 << 40, 4 * MIB)), schedule.seed)
         self.damage = Damage()
         self.disk.on_rot = self.damage.look
@@ -185,7 +193,9 @@ class Simulation:
         refusals = schedule.severity == "failing" or self.nvme_max > 0 or self.disk.bytes_max < 1 << 40
         geometries = (WIDE, TINY) if wide else (TINY, SMALL)
         engine = self._engine()
-        self.trial = Trial(engine, schedule.seed, geometries, refusals=refusals, excuses=self.damage)
+        self.trial = Trial(
+            engine, schedule.seed, geometries, refusals=refusals, excuses=self.damage, clock=self.clock, evicts=evicts
+        )
 
     def run(self) -> Result:
         try:
@@ -254,9 +264,9 @@ class Simulation:
             if not self.trial.refusals:
                 raise
             return
-        for known in self.trial.known.values():
-            if known.name:
-                known.flushed()
+        finally:
+            self.trial.note_evicted()
+        self.trial.stopped()
 
     def _lose_power(self, remains: Remains) -> None:
         self._note_faults()
@@ -284,7 +294,7 @@ class Simulation:
     def _engine(self) -> Engine:
         self.damage.started_at = self.damage.called_at = len(self.disk.struck)
         try:
-            engine = Engine(self.settings, self.disk, background=False)
+            engine = Engine(self.settings, self.disk, background=False, clock=self.clock)
         except BaseException:
             self.damage.start_failed()
             raise
@@ -309,8 +319,9 @@ class Simulation:
 
 
 @cache
-def _settings(segment_bytes: int, nvme_max: int) -> Settings:
-    return Settings(ram=2 * MIB, segment_bytes=segment_bytes, nvme_max=nvme_max, nvme_reserve=0)
+def _settings(segment_bytes: int, nvme_max: int, evicts: bool) -> Settings:
+    evict: Literal["none", "lru"] = "lru" if evicts else "none"
+    return Settings(ram=2 * MIB, segment_bytes=segment_bytes, nvme_max=nvme_max, nvme_reserve=0, evict=evict)
 
 
 def run(seed: int, severity: Severity | None = None) -> Result:

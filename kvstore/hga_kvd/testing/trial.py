@@ -1,10 +1,8 @@
 """One workload generator and one oracle for every ring: pure engine, simulated disk, real process.
 
-The oracle is plain objects that hold the guarantee (oracle.py). What was flushed comes back byte-exact, or damaged where a
-fault has hit it; what was acknowledged only comes back byte-exact or is missing at the end of its session; wrong bytes
-never, and what is gone stays gone: deleted sessions, truncated chunks, old epochs. Sessions share chunks (forks, opens
-with known tokens, appends of what another one has), and none suffers from what happens to another. A call that the power
-loss or a failed write cut short has happened or has not, nothing between. Everything follows from the seed.
+The oracle is plain objects that hold the guarantee (oracle.py); judge.py compares them with what the store says. Sessions
+share chunks (forks, opens with known tokens, appends of what another one has), and none suffers from what happens to
+another. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -17,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hga_kvd.answers import SessionInfo
-from hga_kvd.checksum import checksum
-from hga_kvd.errors import LimitExceeded, SessionNotFound, StaleEpoch, StorageFull, WriteFailed
-from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
+from hga_kvd.engine import Engine
+from hga_kvd.errors import LimitExceeded, StaleEpoch, StorageFull, WriteFailed
+from hga_kvd.geometry import KEY_DTYPE, Geometry
+from hga_kvd.testing.judge import Clock, Judge
 from hga_kvd.testing.oracle import Chunk, Excuses, Gone, Known, NoExcuses, Store
-from hga_kvd.testing.workload import records_of
 
 U8 = npt.NDArray[np.uint8]
 
@@ -36,7 +34,7 @@ STEPS = {
 }  # fmt: skip
 
 
-class Trial:
+class Trial(Judge):
     """Drives `store` step by step. With `refusals`, lack of space and failed writes are part of the game."""
 
     def __init__(
@@ -48,28 +46,28 @@ class Trial:
         refusals: bool = False,
         excuses: Excuses | None = None,
         prefix: str = "s",
+        clock: Clock | None = None,
+        evicts: bool = False,
     ) -> None:
-        """prefix: of the names of its sessions; those with another are not its business."""
-        self.store = store
-        self.known: dict[str, Known] = {}
-        self.deleted: set[str] = set()
+        """prefix: of the names of its sessions; those with another are not its business. clock: the store's, which passes
+        and lets sessions expire; None: it has its own, and none expire. evicts: the store is an engine, and idle sessions
+        may go where space is short."""
+        chance = random.Random(f"trial {seed}")
+        super().__init__(store, excuses or NoExcuses(), chance, clock or Clock(), prefix, evicts)
         self.session_ids: set[int] = set()
-        self.doubtful: dict[str, Known] = {}  # deleted as far as the client knows, but they may come back
-        self.excuses = excuses or NoExcuses()
         self.refusals = refusals
-        self.trace: list[str] = []  # what was done, for the one who reads a failure
         self._geometries = geometries
-        self._prefix = prefix
-        self._opening: dict[str, Known] = {}  # opens and forks that got no answer
-        self._chance = random.Random(f"trial {seed}")
-        self._steps: dict[str, Callable[[], str]] = {step: getattr(self, f"_{step}") for step in STEPS}
+        self._weights = STEPS if clock is None else STEPS | {"wait": 1}
+        if evicts:
+            self._weights = self._weights | {"append": 12, "close": 4, "park": 3}
+        self._steps: dict[str, Callable[[], str]] = {step: getattr(self, f"_{step}") for step in self._weights}
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self.step()
 
     def step(self) -> None:
-        name = self._chance.choices(tuple(STEPS), tuple(STEPS.values()))[0]
+        name = self._chance.choices(tuple(self._weights), tuple(self._weights.values()))[0]
         self.trace.append(name)
         try:
             self.trace[-1] += " " + self._steps[name]()
@@ -77,11 +75,15 @@ class Trial:
             self.trace[-1] += f" refused: {error!r}"
             if not self.refusals:
                 raise
+        self.note_evicted()
 
     # --- steps; each returns what it did ---
 
     def _pick(self) -> Known | None:
-        return self._chance.choice(list(self.known.values())) if self.known else None
+        known = list(self.known.values())
+        if self._evicts and self._chance.random() < 0.8:  # who is done with a session rarely comes back to it
+            known = [k for k in known if not k.idle] or known
+        return self._chance.choice(known) if known else None
 
     def _open(self) -> str:
         if len(self.known) >= SESSIONS_MAX:
@@ -94,8 +96,10 @@ class Trial:
             geometry, shared = source.geometry, self._chance.randint(1, source.chained())
             tokens = source.tokens(shared) + self._chance.randbytes(4 * self._chance.choice((0, 3, 40)))
         known = Known(0, self._name(), geometry, source.chunks[:shared] if source else [])
+        known.ttl_s = self._chance.choice((0, 0, 5, 60)) if "wait" in self._weights else 0
+        known.use(self._clock.now)
         with self._making(known):
-            info = self.store.open(known.name, geometry, create=True, token_ids=tokens)
+            info = self.store.open(known.name, geometry, create=True, token_ids=tokens, ttl_s=known.ttl_s)
         return self._made(known, info)
 
     def _fork(self) -> str:
@@ -105,7 +109,9 @@ class Trial:
         count = self._chance.randint(0, len(parent.chunks))
         chunks = parent.chunks[: count or None]
         shaky = {i for i in parent.shaky if i < len(chunks)}
-        known = Known(0, self._name(), parent.geometry, chunks, shaky=shaky)
+        known = Known(0, self._name(), parent.geometry, chunks, shaky=shaky, ttl_s=parent.ttl_s)
+        known.use(self._clock.now)
+        parent.use(self._clock.now)
         with self._making(known):
             info = self.store.fork(parent.session_id, parent.epoch, count, known.name)
         return f"{parent.key} [0, {len(chunks)}) as {self._made(known, info)}"
@@ -141,13 +147,16 @@ class Trial:
         if more > 0 and not known.shaky and source.chunks[:first] == known.chunks and self._chance.random() < 0.7:
             chunks = source.chunks[first : first + self._chance.randint(1, more)]
         else:
-            chunks = self._new_chunks(known.geometry, self._chance.randint(1, 3))
+            chunks = self._new_chunks(known.geometry, self._chance.randint(1, 8 if self._evicts else 3))
         payload = np.concatenate([chunk.payload for chunk in chunks])
         tokens = b"".join(chunk.token_ids for chunk in chunks)
+        used, idle = known.used, known.idle
+        known.use(self._clock.now)
         try:
             count = self.store.append(known.session_id, first, len(chunks), payload, tokens, known.epoch)
             assert count == first + len(chunks)
         except LimitExceeded as error:
+            known.used, known.idle = used, idle
             return repr(error)
         except Gone:
             known.ghosts = chunks
@@ -168,6 +177,7 @@ class Trial:
         known = self._pick()
         if known is None:
             return "nothing"
+        known.use(self._clock.now)
         count, before = self._chance.randint(0, len(known.chunks)), known.before()
         undo = [*known.undo, before]
         known.undo = undo  # until it returns
@@ -202,6 +212,7 @@ class Trial:
         known = self._pick()
         if known is None or not known.name:
             return "nothing"
+        known.use(self._clock.now)
         assert self.store.flush(known.session_id) == len(known.chunks)
         known.flushed()
         return known.key
@@ -211,8 +222,10 @@ class Trial:
         known = self._pick()
         if known is None or not known.name:
             return "nothing"
+        known.use(self._clock.now)
         self.store.park(known.session_id)
         known.flushed()
+        known.idle = True
         return known.key
 
     def _pin(self) -> str:
@@ -236,6 +249,7 @@ class Trial:
         if not known.shaky.isdisjoint(range(first, first + count)):
             return "nothing"
         chunks = known.chunks[first : first + count]
+        known.use(self._clock.now)
         # From here on, not from when it returns: it may be written out and the power lost before that.
         for i, chunk in enumerate(chunks):
             chunk.summaries.setdefault(kind, [None]).append(payload[i * SUMMARY_BYTES : (i + 1) * SUMMARY_BYTES])
@@ -271,10 +285,36 @@ class Trial:
             return "nothing"
         if known.name:
             self.store.close(known.session_id)
+            known.idle = True
         else:
             with self._deleting(known):
                 self.store.close(known.session_id)
         return known.key
+
+    def _wait(self) -> str:
+        """Time passes. Who was not used for its time to live is gone as a whole; nobody else is."""
+        assert isinstance(self.store, Engine)
+        self._clock.now += self._chance.choice((1, 5, 30))
+        due = [known for known in self.known.values() if known.may_expire(self._clock.now)]
+        for known in due:
+            known.deleting = True
+        failed = True
+        try:
+            self.store.expire()
+            failed = False
+        except WriteFailed:
+            if not self.refusals:
+                raise
+        left = {info.session_id for info in self.store.list()}
+        for known in due:
+            if known.session_id in left:
+                known.deleting = False
+                assert not known.must_expire(self._clock.now), (
+                    f"{known.key} was not used for {known.ttl_s} s and is there"
+                )
+            else:
+                self._lose(known, certainly=not failed)
+        return f"until {self._clock.now}: {[known.key for known in due if known.key not in self.known]} expired"
 
     @contextmanager
     def _deleting(self, known: Known) -> Iterator[None]:
@@ -283,131 +323,11 @@ class Trial:
         try:
             yield
         except WriteFailed:
-            del self.known[known.key]
-            if known.name:
-                self.doubtful[known.key] = known
+            self._lose(known, certainly=False)
             raise
-        del self.known[known.key]
-        self.deleted.add(known.name)
-
-    # --- checks ---
-
-    def _room(self, known: Known, count: int) -> U8:
-        """Where to fetch to. A destination that is not aligned takes the other road from disk."""
-        skew = self._chance.choice((0, 0, 1, 8))
-        return np.zeros(count * known.geometry.record_bytes + skew, np.uint8)[skew:]
-
-    def check_fetch(self, known: Known, keys: Keys) -> None:
-        size, destination = known.geometry.record_bytes, self._room(known, len(keys))
-        fetched = self.store.fetch(known.session_id, keys, destination, known.epoch)
-        good = np.ones(len(keys), bool) if fetched.statuses is None else fetched.statuses == 0
-        assert fetched.ram_records + fetched.nvme_records == np.count_nonzero(good)
-        expected = records_of(known.geometry, np.array([chunk.payload for chunk in known.chunks]), keys)
-        wrong = np.flatnonzero((destination.reshape(len(keys), size) != expected).any(1) & good)
-        assert not len(wrong), f"wrong bytes: {known.key}, keys {keys[wrong][:3].tolist()}"
-        for chunk in np.unique(keys["group"][~good] // known.geometry.groups_per_chunk).tolist():
-            excused = chunk in known.shaky or self.excuses.bytes(known.chunks[chunk].digest)
-            assert excused, f"chunk {chunk} of {known.key} is damaged and nothing has hit it"
-            known.chunks[chunk].seen_damaged = True
-
-    def check(self, known: Known) -> None:
-        """Every record and every summary of the session."""
-        info = self.store.info(known.session_id)
-        assert info.chunk_count == len(known.chunks), f"{known.key} has {info.chunk_count} chunks"
-        token_ids = [chunk.token_ids for chunk in known.chunks]
-        expected = b"".join(token_ids) if all(token_ids) else b""
-        assert info.token_ids == expected or (known.shaky and not info.token_ids), known.key
-        if known.chunks:
-            g = known.geometry
-            keys = np.zeros((len(known.chunks) * g.groups_per_chunk, g.kv_heads, g.layers), KEY_DTYPE)
-            keys["group"] = np.arange(keys.shape[0])[:, None, None]
-            keys["kv_head"] = np.arange(g.kv_heads)[:, None]
-            keys["layer"] = np.arange(g.layers)
-            self.check_fetch(known, keys.reshape(-1))
-
-    def check_all(self) -> None:
-        for known in self.known.values():
-            self.check(known)
-
-    def chunk_count(self) -> int | None:
-        """How many chunks the store must hold, each counted once; None where faults leave that open."""
-        sessions = self.known.values()
-        if any(known.shaky or known.ghosts for known in sessions):
-            return None
-        return len({chunk for known in sessions for chunk in known.chunks})
+        self._lose(known, certainly=True)
 
     def delete_all(self) -> None:
         for known in list(self.known.values()):
             with self._deleting(known):
                 self.store.delete(known.session_id)
-
-    def _check_summary(self, known: Known, kind: str, at: int, allowed: list[bytes | None]) -> bytes | None:
-        found: bytes | None
-        chunk = known.chunks[at]
-        try:
-            count, found = self.store.get_summaries(known.session_id, kind, at, 1, 1 << 20, known.epoch)
-            assert count == 1
-        except SessionNotFound:
-            found = None
-        if found in allowed:
-            return found
-        where = f"summary {kind} of chunk {at} of {known.key}"
-        # Any older value that is allowed too may be the one that was hit: then the newer ones were never written.
-        hit = at in known.shaky or any(self.excuses.bytes(checksum(value)) for value in allowed if value is not None)
-        # Where the frame of a summary is lost, the one that it replaced counts (docs/format.md, "Downsides").
-        assert found is None or (hit and found in chunk.replaced.get(kind, [])), f"wrong bytes: {where}"
-        assert hit, f"{where} is missing and nothing has hit it"
-        return found
-
-    def restarted(self, store: Store) -> None:
-        """The daemon came back: judges what it still has, and goes on with that."""
-        self.store = store
-        found = {info.name: info for info in store.list() if info.name.startswith(self._prefix)}
-        back = self.deleted & set(found) - {""}
-        assert not back, f"deleted sessions came back: {back}"
-        for name in self._opening.keys() & found.keys():
-            self._opening[name].session_id = found[name].session_id
-            self.known[name] = self._opening[name]
-        self._opening.clear()
-        self.known.update(self.doubtful)
-        self.doubtful.clear()
-        for key, known in list(self.known.items()):
-            info = found.pop(known.name, None) if known.name else None
-            if info is None:
-                assert not known.durable or known.deleting, f"{key} was flushed and is gone"
-                del self.known[key]
-                self.deleted.add(known.name)
-            else:
-                self.known[key] = self._judge(known, info)
-        assert not found, f"sessions that nobody opened: {sorted(found)}"
-        self.check_all()
-
-    def _judge(self, known: Known, info: SessionInfo) -> Known:
-        versions = [version for version in (known, *known.undo) if version.epoch == info.epoch]
-        assert versions, f"{known.key} is in epoch {info.epoch}, not {known.epoch}"
-        known = versions[0]
-        known.deleting, known.undo = False, []
-        assert info.pinned in known.pinned, f"{known.key} is {'' if info.pinned else 'not '}pinned"
-        known.pinned = {info.pinned}
-        assert (info.session_id, info.geometry) == (known.session_id, known.geometry), known.key
-        shaken = self.excuses.start() or self.excuses.session(known.session_id)
-        chunks = known.chunks + known.ghosts
-        hit = {i for i, chunk in enumerate(chunks) if shaken or self.excuses.bytes(chunk.digest)}
-        certain = known.durable_chunks
-        while certain and (certain - 1 in hit or certain - 1 in known.shaky):
-            certain -= 1
-        assert certain <= info.chunk_count <= len(chunks), (
-            f"{known.key} has {info.chunk_count} chunks: {known.durable_chunks} were flushed, {len(known.chunks)} "
-            f"acknowledged, and those up to {certain} were not hit"
-        )
-        known.chunks, rest = chunks[: info.chunk_count], chunks[info.chunk_count :]
-        known.ghosts = rest if hit or known.ghosts else []
-        known.shaky = {i for i in known.shaky | hit if i < info.chunk_count}
-        assert info.damaged_records == 0 or known.shaky, f"{known.key} has {info.damaged_records} damaged records"
-        for at, chunk in enumerate(known.chunks):
-            for kind, values in list(chunk.summaries.items()):
-                value = self._check_summary(known, kind, at, values)
-                if at not in known.shaky:
-                    chunk.settle(kind, value)
-        known.durable, known.durable_chunks = True, info.durable_chunk_count
-        return known
