@@ -171,7 +171,9 @@ class DecodeStep:
         def empty(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=kind, device=device)
 
-        self.records = torch.zeros(layers, kv_heads, slots, 2, geometry.group_tokens, dim, dtype=dtype, device=device)
+        # As they are stored: in the dtype of the window, or in 8 bits.
+        stored = torch.uint8 if geometry.dtype == "float8_e4m3fn" else dtype
+        self.records = empty(layers, kv_heads, slots, 2, geometry.group_tokens, dim, kind=stored).zero_()
         self._tables = [bank.Tables.empty(kv_heads, slots, most, device) for _ in range(layers)]
         self._chosen = select.Chosen.empty(kv_heads, most, device)
         self._lists = bank.Lists.empty(kv_heads, most, device)

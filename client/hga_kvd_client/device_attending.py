@@ -39,8 +39,8 @@ class DeviceAttending:
 
     @property
     def may_take(self) -> bool:
-        """Whether a token may be the device's at all. Its step does not read K/V in 8 bits."""
-        return self._device.type in STEP_DEVICES and not self._refused and not self._stored.rounds
+        """Whether a token may be the device's at all."""
+        return self._device.type in STEP_DEVICES and not self._refused
 
     def takes(self, q: Tensor, first: int, end: int) -> bool:
         """Whether this token is the device's: on a GPU, with something to route in chunks first .. end-1, and room for

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from hga_kvd_client import float8
 from hga_kvd_client.sketch import Basis, Moments, SketchSpec, encode
 
 pytest.importorskip("triton", reason="the extra `client` brings triton where it exists")
@@ -109,22 +110,27 @@ def test_parts_of_window_and_slots_merge_into_dense_attention(dtype, ratio, dim,
         assert_close(merged[head * ratio : (head + 1) * ratio], dense, relative)
 
 
-def test_records_in_fp8_are_dequantised_in_the_kernel():
+def test_records_in_8_bits_are_read_with_the_scales_inside_them():
     q = normal(2, 4, 32, dtype=torch.float16)
-    scales = normal(2, 4, 2, seed=1).abs() + 0.1
-    records = (normal(2, 4, 2, 16, 32, seed=2) * 3).to(torch.float8_e4m3fn)
-    records.view(torch.uint8)[0, 0, 0, 0, :4] = torch.tensor(
-        [1, 0x81, 0x7E, 0xFE], dtype=torch.uint8
-    )  # smallest, largest
-    slots = torch.tensor([[0, 3], [2, 1]], dtype=torch.int32, device=DEVICE)
-    counts = torch.tensor([2, 2], dtype=torch.int32, device=DEVICE)
+    values = normal(2, 4, 2, 16 * 32, seed=2) * 10 ** normal(2, 4, 2, 1, seed=3).clamp(-3, 2)
+    values[0, 3, 1] = 0.0
+    records = float8.pack(values).view(2, 4, 2, 16, 32)
+    exact = float8.unpack(records.flatten(3), torch.float32).view(records.shape).double()
+    slots = torch.tensor([[0, 3, 9], [2, 1, 0]], dtype=torch.int32, device=DEVICE)
+    counts = torch.tensor([2, 3], dtype=torch.int32, device=DEVICE)
     found = []
     for kernel in (attention.paged_parts, attention.paged_parts_twin):
-        out, lse = parts_of(1, 8, 32)
-        kernel(q, records, slots, counts, 0.05, 2, out, lse, scales)
-        found.append((out, lse))
+        out, lse = parts_of(2, 8, 32)
+        kernel(q, records, slots, counts, 0.05, 2, out, lse)
+        merged, merged_lse = torch.empty(8, 32, device=DEVICE), torch.empty(8, device=DEVICE)
+        attention.merge_twin(out, lse, merged, merged_lse)
+        found.append((merged, merged_lse))
     assert_close(found[0][0], found[1][0], 2e-3)
     assert_close(found[0][1], found[1][1], 2e-3)
+    for head in range(2):
+        k, v = exact[head, slots[head, : counts[head]].long()].transpose(0, 1).flatten(1, 2)
+        dense = torch.softmax(q[head].double() @ k.T * 0.05, 1) @ v
+        assert_close(found[1][0][4 * head : 4 * head + 4], dense, 1e-5)
 
 
 @pytest.mark.parametrize(

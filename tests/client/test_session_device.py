@@ -31,9 +31,9 @@ def _on_cpu(monkeypatch):
     monkeypatch.setattr(device_attending, "STEP_DEVICES", {"cpu", "cuda"})
 
 
-def pair(monkeypatch, router="hga"):
+def pair(monkeypatch, router="hga", kv_dtype="model"):
     """The same session twice: decoding with the step, and without."""
-    options = replace(OPTIONS, router=router)
+    options = replace(OPTIONS, router=router, kv_dtype=kv_dtype)
     sessions = [Client(FakeConnection()).open("s", GEOMETRY, ROPE, options) for _ in range(2)]
     plain = sessions[1]
     monkeypatch.setattr(plain._attending.on_device, "takes", lambda *_: False)
@@ -41,9 +41,9 @@ def pair(monkeypatch, router="hga"):
 
 
 @pytest.mark.usefixtures("_on_cpu")
-@pytest.mark.parametrize("router", ["hga", "sketch"])
-def test_decodes_as_without_it_also_after_going_back(monkeypatch, router):
-    sessions, tokens = pair(monkeypatch, router), Tokens(900)
+@pytest.mark.parametrize(("router", "kv_dtype"), [("hga", "model"), ("sketch", "model"), ("hga", "fp8")])
+def test_decodes_as_without_it_also_after_going_back(monkeypatch, router, kv_dtype):
+    sessions, tokens = pair(monkeypatch, router, kv_dtype), Tokens(900)
 
     def run(first, end):
         for start, stop in blocks([1], end) if first == 0 else ((t, t + 1) for t in range(first, end)):

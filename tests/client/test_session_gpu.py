@@ -170,6 +170,20 @@ def test_a_daemon_that_is_replaced_between_or_within_steps(notice):
         assert session.stats.recoveries == recoveries + 1
 
 
+def test_records_in_8_bits_are_attended_as_on_the_cpu():
+    options = replace(OPTIONS, router="hga", kv_dtype="fp8", bank_groups=16)
+    geometry = Geometry(LAYERS, KV_HEADS, GEOMETRY.head_dim, "float16")
+    connection = FakeConnection()
+    sessions = [Client(connection).open(name, geometry, ROPE, options, device=d) for name, d in PLACES]
+    cpu, gpu = Tokens(900, dtype=torch.float16), on_gpu(900, dtype="float16")
+    for session, tokens in zip(sessions, (cpu, gpu), strict=True):
+        prompt(session, tokens, 700)
+    for token in range(700, 780):
+        mine, theirs = cpu.run(sessions[0], token, token + 1), gpu.run(sessions[1], token, token + 1)
+        assert (mine - theirs.cpu()).abs().max() < 1e-2
+    assert sessions[1]._attending.on_device.step is not None
+
+
 def test_a_fetch_that_fails_is_made_again_and_damage_is_never_attended():
     connection = FakeConnection()
     session = Client(connection).open("s", GEOMETRY, ROPE, OPTIONS, device="cuda")

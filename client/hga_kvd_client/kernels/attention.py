@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_kvd_client import float8
 from hga_kvd_client.kernels import WINDOW_TOKENS
 
 LN2 = 0.6931471805599453
@@ -31,6 +32,15 @@ def _fp8(bits, NATIVE: tl.constexpr):
     return values
 
 
+@triton.jit
+def _scale(records, row, seen, EXPONENT_BIAS: tl.constexpr):
+    """What the values of a record are multiplied by, from the lowest bits of its first eight (hga_kvd_client.float8)."""
+    place = tl.arange(0, 8)
+    bits = tl.load(records + row[:, None] + place[None, :], mask=seen[:, None], other=0).to(tl.int32) & 1
+    exponent = tl.where(seen, tl.sum(bits << place[None, :], 1), EXPONENT_BIAS)
+    return tl.exp2((EXPONENT_BIAS - exponent).to(tl.float32))
+
+
 @functools.cache
 def has_fp8(device: torch.device) -> bool:
     """Whether float8 is converted by the device itself."""
@@ -42,7 +52,6 @@ def _part(
     q,  # [kv_heads, ratio, head_dim], contiguous
     k,
     v,
-    scales,  # [kv_heads * slots, 2] float32 where QUANTISED
     slots,  # [kv_heads, slots_stride] where PAGED
     lengths,  # keys or slots: one number, or one a head where PAGED
     out,
@@ -56,6 +65,7 @@ def _part(
     PAGED: tl.constexpr,
     QUANTISED: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
+    EXPONENT_BIAS: tl.constexpr,
     PART_KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -81,18 +91,17 @@ def _part(
         seen = keys < length
         if PAGED:
             slot = tl.load(slots + head * slots_stride + keys // GROUP, mask=seen, other=0).to(tl.int64)
-            row = head.to(tl.int64) * head_stride + (slot * 2 * GROUP + keys % GROUP) * DIM
+            record = head.to(tl.int64) * head_stride + slot * 2 * GROUP * DIM
+            row = record + (keys % GROUP) * DIM
         else:
-            slot = keys
             row = head.to(tl.int64) * head_stride + keys.to(tl.int64) * DIM
         where = row[:, None] + dims[None, :]
         inside = seen[:, None] & in_row
         key = tl.load(k + where, mask=inside, other=0.0)
         if QUANTISED:
             # One scale for the keys of a record: it goes with the scores.
-            scores = tl.dot(query, tl.trans(_fp8(key, NATIVE_FP8).to(query.dtype)))
-            places = scales + (head * (head_stride // (2 * GROUP * DIM)) + slot) * 2
-            scores *= tl.load(places, mask=seen, other=0.0)[None, :]
+            scores = tl.dot(query, tl.trans(_fp8(key, NATIVE_FP8).to(query.dtype)), input_precision="ieee")
+            scores *= _scale(k, record, seen, EXPONENT_BIAS)[None, :]
         else:
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
@@ -102,7 +111,7 @@ def _part(
         total = total * kept + tl.sum(weights, 1)
         value = tl.load(v + where, mask=inside, other=0.0)
         if QUANTISED:
-            weights *= tl.load(places + 1, mask=seen, other=0.0)[None, :]
+            weights *= _scale(v, record, seen, EXPONENT_BIAS)[None, :]
             value = _fp8(value, NATIVE_FP8).to(query.dtype)
         values = values * kept[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         largest = higher
@@ -151,9 +160,9 @@ def window_parts(
     block = min(64, part_keys)
     assert part_keys % block == 0
     _part[(out.shape[0], kv_heads)](
-        q, k, v, q, q, control[WINDOW_TOKENS:], out, lse, scale / LN2, k.stride(0), 0,
-        RATIO=ratio, DIM=dim, GROUP=1, PAGED=False, QUANTISED=False, NATIVE_FP8=False, PART_KEYS=part_keys,
-        BLOCK_N=block, **_shape(ratio, dim),
+        q, k, v, q, control[WINDOW_TOKENS:], out, lse, scale / LN2, k.stride(0), 0,
+        RATIO=ratio, DIM=dim, GROUP=1, PAGED=False, QUANTISED=False, NATIVE_FP8=False, EXPONENT_BIAS=0,
+        PART_KEYS=part_keys, BLOCK_N=block, **_shape(ratio, dim),
     )  # fmt: skip
 
 
@@ -166,13 +175,12 @@ def paged_parts(
     part_slots: int,
     out: Tensor,
     lse: Tensor,
-    scales: Tensor | None = None,
 ) -> None:
     """Parts over records that lie in slots, for every KV head its own.
 
-    records: [kv_heads, slots, K and V, group_tokens, head_dim], in the dtype of q, or float8_e4m3fn with
-    scales: float32 [kv_heads, slots, K and V]. slots: int32 [kv_heads, most], the first counts[kv_head] of each row;
-    counts: int32 [kv_heads]. Part i sees the records i * part_slots and on.
+    records: [kv_heads, slots, K and V, group_tokens, head_dim], in the dtype of q, or uint8, as float8.pack makes them.
+    slots: int32 [kv_heads, most], the first counts[kv_head] of each row; counts: int32 [kv_heads]. Part i sees the records
+    i * part_slots and on.
     """
     kv_heads, ratio, dim = _checked(q, out, lse)
     _, _, two, group, _ = records.shape
@@ -183,22 +191,16 @@ def paged_parts(
     assert slots.dtype == counts.dtype == torch.int32
     assert slots.stride(1) == 1
     assert out.shape[0] * part_slots >= slots.shape[1], "the parts must cover the slots"
-    quantised = records.dtype == torch.float8_e4m3fn
-    if quantised:
-        assert scales is not None
-        assert scales.dtype == torch.float32
-        assert scales.is_contiguous()
-        records = records.view(torch.uint8)
-    else:
-        assert records.dtype == q.dtype
+    quantised = records.dtype == torch.uint8
+    assert quantised or records.dtype == q.dtype
+    assert group * dim >= 8
     flat = records.flatten()
     part_keys = part_slots * group
     assert part_keys % min(64, part_keys) == 0
     _part[(out.shape[0], kv_heads)](
-        q, flat, flat[group * dim :], q if scales is None else scales, slots, counts, out, lse, scale / LN2,
-        records.stride(0), slots.stride(0),
+        q, flat, flat[group * dim :], slots, counts, out, lse, scale / LN2, records.stride(0), slots.stride(0),
         RATIO=ratio, DIM=dim, GROUP=group, PAGED=True, QUANTISED=quantised, NATIVE_FP8=has_fp8(q.device),
-        PART_KEYS=part_keys, BLOCK_N=min(64, part_keys), **_shape(ratio, dim),
+        EXPONENT_BIAS=float8.BIAS, PART_KEYS=part_keys, BLOCK_N=min(64, part_keys), **_shape(ratio, dim),
     )  # fmt: skip
 
 
@@ -252,14 +254,13 @@ def paged_parts_twin(
     part_slots: int,
     out: Tensor,
     lse: Tensor,
-    scales: Tensor | None = None,
 ) -> None:
     for part in range(out.shape[0]):
         for head in range(q.shape[0]):
             chosen = slots[head, part * part_slots : min((part + 1) * part_slots, int(counts[head]))].long()
-            opened = records[head, chosen].float()
-            if scales is not None:
-                opened = opened * scales[head, chosen][..., None, None]
+            opened = records[head, chosen]
+            if records.dtype == torch.uint8:
+                opened = float8.unpack(opened.flatten(2), torch.float32).view(opened.shape)
             k, v = opened.transpose(0, 1).flatten(1, 2).unbind(0)
             _part_twin(q, k, v, scale, head, out[part], lse[part])
 
