@@ -6,7 +6,8 @@ round, medians over rounds are printed, with the lowest and highest. Bytes are c
 data, so nearly all comes from disk.
 
 fio reads the store's own segments, by io_uring with O_DIRECT, the same size and depth, once into huge pages and once into
-its heap of 4 KiB pages; all of them, as a part that is read often may be faster. The client's landing has huge pages where the host set some aside; which it had is in the result.
+its heap of 4 KiB pages; all of them, as a part that is read often may be faster. The client's landing has huge pages where
+the host set some aside; which it had is in the result.
 """
 
 from __future__ import annotations
