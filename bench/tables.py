@@ -103,12 +103,25 @@ QUALITY_KINDS = ("window", "hga", "sketch", "oracle")
 def quality(root: Path) -> str:
     """The newest table of bench/quality.py: both routers and their bounds."""
     found = _studies(root).get("table")
-    return _quality([found], QUALITY_KINDS) if found else ""
+    return (_quality([found], QUALITY_KINDS) if found else "") + _through_daemon(root)
 
 
 def quality_studies(root: Path) -> str:
     """All rows of the newest run of every study of bench/quality.py."""
     return _quality(list(_studies(root).values()), ())
+
+
+def _through_daemon(root: Path) -> str:
+    """The newest text that went through patch and daemon, in a sentence."""
+    for line in reversed(lines("quality", root)):
+        if line["config"]["what"] == "daemon":
+            c, n = line["config"], line["numbers"]
+            return (
+                f"\nThrough the patch and a real daemon, {c['tokens']} tokens behind {c['prompt']:,} of one text, "
+                f"{c['row']}: loss {n['loss_daemon']:.5f}, simulated {n['loss_simulated']:.5f}, dense "
+                f"{n['loss_dense']:.5f}; groups opened {n['opened_daemon']:,}, simulated {n['opened_simulated']:,}.\n"
+            )
+    return ""
 
 
 def _studies(root: Path) -> dict[str, Line]:
