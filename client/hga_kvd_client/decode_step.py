@@ -21,14 +21,12 @@ Shared by the layers: buffers of the parts and lists. Per layer: the bank (recor
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,9 +57,9 @@ from hga_kvd_client.kernels import (
 )
 from hga_kvd_client.kernels import sketch as sketch_kernels
 from hga_kvd_client.kernels.hga import open_hga
+from hga_kvd_client.registered import Registered
 from hga_kvd_client.sketch import SketchSpec
 
-logger = logging.getLogger("hga_kvd_client")
 # Torch has no types for some of it.
 cuda: Any = torch.cuda
 
@@ -203,7 +201,7 @@ class DecodeStep:
         self._posted_host = [row[MAIL_POSTED:][:kv_heads] for row in self._mail_host]
         self._staging = torch.empty(kv_heads * most * geometry.record_bytes // 8, dtype=torch.int64, pin_memory=pinned)
         self._staging_host = self._staging.numpy().view(np.uint8)
-        self._landing: _Registered | None = None
+        self._landing: Registered | None = None
         self._moved = True
 
         self._graphs: list[torch.cuda.CUDAGraph | None] = [None] * layers
@@ -336,7 +334,7 @@ class DecodeStep:
         if not self._on_gpu or landing is None:
             return
         if self._landing is None or self._landing.place != landing.ctypes.data:
-            self._landing = _Registered.of(landing)
+            self._landing = Registered.of(landing)
             self._moved = True  # graphs that read the old one are made again
 
     def resident_bytes(self) -> int:
@@ -453,40 +451,3 @@ class DecodeStep:
         elif self._mask.numel() != kv_heads * state.groups.shape[1] * state.groups.shape[2]:
             groups = state.groups.shape[1] * state.groups.shape[2]
             self._mask = torch.empty(kv_heads, groups, dtype=torch.bool, device=self._device)
-
-
-class _Registered:
-    """Host memory that the device reads in place, for as long as somebody holds this. One for all sessions of a landing.
-
-    words: int64; None where the driver refused.
-    """
-
-    _known: ClassVar[WeakValueDictionary[int, _Registered]] = WeakValueDictionary()
-    # Held by nobody. Given back at the next registration: that waits for the device, and whoever drops the last reference,
-    # the garbage collector perhaps, may do so while the device waits for the host.
-    _retired: ClassVar[list[Bytes]] = []
-
-    def __init__(self, memory: Bytes) -> None:
-        self.place, self.memory = memory.ctypes.data, memory
-        # The device's address of it may be another, so it goes to kernels as a tensor, never as a number.
-        self.words: Tensor | None = torch.from_numpy(memory[: memory.nbytes // 8 * 8]).view(torch.int64)
-        if int(cuda.cudart().cudaHostRegister(self.place, memory.nbytes, 2)):  # 2: mapped
-            self.words = None
-            logger.warning("the device cannot read the landing in place; fetched records are copied once more")
-            with suppress(RuntimeError):
-                torch.zeros(1, device="cuda")  # torch would raise the refusal at its next launch
-
-    @classmethod
-    def of(cls, memory: Bytes) -> _Registered:
-        """Between steps only."""
-        while cls._retired:
-            torch.cuda.synchronize()
-            cuda.cudart().cudaHostUnregister(cls._retired.pop().ctypes.data)
-        known = cls._known.get(memory.ctypes.data)
-        if known is None:
-            known = cls._known[memory.ctypes.data] = cls(memory)
-        return known
-
-    def __del__(self) -> None:
-        if self.words is not None:
-            self._retired.append(self.memory)
