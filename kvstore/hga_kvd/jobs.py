@@ -40,6 +40,8 @@ U64 = npt.NDArray[np.uint64]
 FRAME_BODY_BYTES = 16 << 20
 # Chunks that one link frame names; a table of 512 KiB.
 LINK_CHUNKS_MAX = 1 << 16
+# Nothing else says which chunks a forked or truncated session has: a bad block must not cost it all of them (ADR 9).
+LINK_COPIES = 2
 
 _NOTHING = np.zeros(0, np.int64)
 
@@ -76,13 +78,13 @@ class Plan:
         """Bytes that the next frame may take; the first one may be larger than a round."""
         return self._room if self.jobs else self._segment_room
 
-    def add(self, job: Job) -> bool:
-        """False if it does not fit."""
-        if job.frame.frame_bytes > self.room:
-            self.needed_bytes = job.frame.frame_bytes
+    def add(self, job: Job, copies: int = 1) -> bool:
+        """False if they do not fit."""
+        if copies * job.frame.frame_bytes > self.room:
+            self.needed_bytes = copies * job.frame.frame_bytes
             return False
-        self._room -= job.frame.frame_bytes
-        self.jobs.append(job)
+        self._room -= copies * job.frame.frame_bytes
+        self.jobs += [job] * copies
         if job.frame.kind == CHUNKS:
             self._chunks.setdefault(job.session.pool, []).append(job.rows)
         if job.frame.kind == SUMMARIES:
@@ -127,15 +129,15 @@ def _plan_chunks(residency: Residency, plan: Plan, session: Session, pool: Pool)
         run = int(np.argmin(stored)) if not stored.all() else len(stored)
         if whole or run:
             run = min(run, LINK_CHUNKS_MAX)
-            job = _link_job(session, first, run)
+            job, copies = _link_job(session, first, run), LINK_COPIES
         else:
             run = int(np.argmax(stored)) if stored.any() else len(stored)
             run = _chunks_that_fit(pool, run, plan.room)
             if not run:
                 plan.needed_bytes = _chunk_frame_bytes(pool, 1)
                 return False
-            job = _chunk_job(residency, session, pool, first, run)
-        if not plan.add(job):
+            job, copies = _chunk_job(residency, session, pool, first, run), 1
+        if not plan.add(job, copies):
             return False
         whole = False
         first += run

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 GOLDEN = Path(__file__).parent / "golden"
 GEOMETRY = Geometry(1, 1, 4, "float16", chunk_tokens=8, group_tokens=4)
 SEGMENT_BYTES = 64 << 10
-USED_BYTES = 6 * 4096  # segment header, chunk frame of two blocks, summary frame of two blocks, link frame of one
+USED_BYTES = 7 * 4096  # segment header, chunk frame of two blocks, summary frame of two, a link frame and its copy
 
 
 def golden_settings() -> Settings:

@@ -243,6 +243,29 @@ def test_a_damaged_summary_is_said_to_be_damaged() -> None:
         make(disk).get_summaries(1, "k", 0, 1, 100)
 
 
+@pytest.mark.parametrize("blocks", [(0,), (1,), (0, 1)])
+def test_a_link_is_lost_with_both_of_its_copies(blocks: tuple[int, ...]) -> None:
+    disk = SimDisk()
+    engine = filled(disk, 3)
+    fork = engine.fork(1, 0, 2, "fork").session_id
+    engine.flush(fork)
+    engine.append(fork, 2, 1, CHUNKS[2], b"")
+    engine.shutdown()
+    disk = disk.kill()
+    content = disk.get(SEGMENT)
+    at = 4096 + 3 * FRAME  # behind the chunks
+    assert content[at : at + 6] == content[at + 4096 : at + 4102] == b"KVFR\3\0"
+    for block in blocks:
+        disk.flip(SEGMENT, at + 4096 * block + 100)  # in its table
+    engine = make(disk)
+    check(engine, 3, (0, 1) if len(blocks) == 2 else (), name="fork")
+    check(engine, 3)
+    engine.delete(fork)  # the copies are counted as what they are
+    engine.delete(1)
+    assert engine.stats().nvme_bytes_used <= 2 * MIB
+    assert engine.stats().chunks == 0
+
+
 def test_a_lost_segment_is_damage_not_silence() -> None:
     disk = SimDisk()
     engine = filled(disk, 35)  # three segments

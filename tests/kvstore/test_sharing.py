@@ -298,7 +298,8 @@ def test_a_damaged_link_is_damage_not_old_data() -> None:
     link = 4096 + 4096 + 6 * WIDE.chunk_bytes
     content_now = disk.get("segment-00000001.kvs")
     assert content_now[link : link + 6] == b"KVFR\3\0"
-    disk.flip("segment-00000001.kvs", link + 96)
+    for copy in (link, link + 4096):
+        disk.flip("segment-00000001.kvs", copy + 96)
     engine = make(disk)
     info = engine.info(session)
     assert (info.epoch, info.chunk_count, info.damaged_records) == (1, 3, 32)

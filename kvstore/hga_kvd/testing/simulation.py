@@ -23,6 +23,7 @@ from hga_kvd.format import (
     BadBytes,
     ChunkFrame,
     Frame,
+    LinkFrame,
     SummaryFrame,
     check_frame,
     decode_frame_header,
@@ -108,17 +109,23 @@ class Damage:
         vouched = self._vouched(segment_id)
         header_hit = _overlap(sectors, 0, BLOCK_BYTES)
         tail_hit = False
+        links: dict[tuple[int, int, int, builtins.bytes], bool] = {}
         for frame in frames:
             header = frame.header
             end = header.offset + header.frame_bytes
             head_hit = header_hit or _overlap(sectors, header.offset, header.body_offset)
             # A frame that nothing vouches for ends the log if it is not whole: those behind it go with it.
             tail_hit |= end > vouched and _overlap(sectors, header.offset, end)
-            if head_hit or tail_hit:
+            lost = head_hit or tail_hit
+            if isinstance(frame, LinkFrame):  # written twice: one is enough
+                same = header.session_id, header.epoch, header.first_chunk, frame.uids.tobytes()
+                links[same] = links.get(same, True) and lost
+            elif lost:
                 self._sessions.add(header.session_id)
             for start, stop, digest in _parts(frame, content):
-                if head_hit or tail_hit or _overlap(sectors, start, stop):
+                if lost or _overlap(sectors, start, stop):
                     self._digests.add(digest)
+        self._sessions.update(same[0] for same, lost in links.items() if lost)
 
     def _vouched(self, segment_id: int) -> int:
         """Up to where the frames that are still sound, or the manifest, say that the segment was durable."""
