@@ -156,3 +156,16 @@ def test_a_bad_sector_and_one_bad_read_cost_only_the_record_that_was_hit(n: int)
     assert damaged(engine) == [3]
     assert disk.struck
     assert engine.info(1).damaged_records == 1
+
+
+def test_a_delete_is_durable_after_a_manifest_that_may_be_there() -> None:
+    """The manifest that names the session was renamed, and then its call failed: the session counts as not named."""
+    disk = SimDisk()
+    engine = filled(disk, 1)
+    session = engine.open("b", SMALL, create=True).session_id
+    engine.append(session, 0, 1, CHUNKS[0], b"")
+    disk.schedule([Fault("replace", 1, "done", 0)])
+    with pytest.raises(WriteFailed):
+        engine.flush(session)
+    engine.delete(session)
+    assert [info.name for info in make(disk.kill()).list()] == ["a"]

@@ -180,7 +180,7 @@ def test_space_amplification_and_cap_under_churn(seed: int) -> None:
     engine = make(disk, nvme_max=cap)
     live: dict[int, int] = {}  # session -> chunks
     worst, full = 0.0, 0
-    for step in range(400):
+    for step in range(240):
         session = engine.open(f"s{step}", WIDE, create=True).session_id
         count = chance.randint(1, 12)
         try:
@@ -202,7 +202,7 @@ def test_space_amplification_and_cap_under_churn(seed: int) -> None:
                 if not live[victim]:
                     engine.delete(victim)
                     del live[victim]
-        if step % 40 == 39:
+        if step % 24 == 23:
             disk = disk.crash()
             engine = make(disk, nvme_max=cap)
         used = exact(engine, disk)
