@@ -99,7 +99,13 @@ class Lanes:
     def _work(self) -> None:
         while True:
             with self._lead:
-                found = self._find_slow()
+                try:
+                    found = self._find_slow()
+                except Exception:  # a fault of ours; clients go on over gRPC
+                    self._log.exception("fault", call="lanes")
+                    for lane in self._lanes:
+                        lane.ending = True
+                    continue
             if found is None:
                 return
             lane, request = found

@@ -268,6 +268,23 @@ def test_a_slow_call_holds_nobody(kvd, monkeypatch):
     wait_for(lambda: not lane_threads())
 
 
+def test_a_fault_of_ours_ends_the_lanes_and_not_their_threads(kvd, monkeypatch):
+    """Clients hear that their lane is closed; the next one gets a lane that works."""
+    session_id, _ = filled(kvd, 1)
+    clients = [LaneClient(kvd.stub, kvd.path) for _ in range(2)]
+    with monkeypatch.context() as broken:
+        broken.setattr("hga_kvd.lane.Lane.take", lambda self: 1 / 0)
+        fetch(clients[0], session_id, all_keys(1)[:1])
+        wait_for(lambda: all(client.completed_word[0] == layout.CLOSED for client in clients))
+    assert '"fault"' in kvd.stream.text
+    clients.append(LaneClient(kvd.stub, kvd.path))
+    fetch(clients[2], session_id, all_keys(1)[:1])
+    assert clients[2].completion()[0] == 0
+    for client in clients:
+        client.close()
+    wait_for(lambda: not lane_threads())
+
+
 def test_a_range_on_loan_is_waited_for(kvd, lane):
     """Also by a fetch that RAM could answer at once."""
     session_id, payload = filled(kvd, 1)
