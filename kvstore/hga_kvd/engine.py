@@ -14,13 +14,11 @@ Here are the lives of sessions, start and shutdown. Calls that move bytes go to 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 from structlog.typing import FilteringBoundLogger
 
 from hga_kvd import chains, hits, sessions
@@ -34,6 +32,7 @@ from hga_kvd.fetch import FetchPath
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 from hga_kvd.index import Session
 from hga_kvd.integrity import Integrity
+from hga_kvd.log import silent_log
 from hga_kvd.memory import aligned_buffer, give_back_freed
 from hga_kvd.parts import Parts
 from hga_kvd.prefetch import Part
@@ -65,7 +64,7 @@ class Engine:
         Raises: StartRefused.
         """
         self._settings = settings
-        self._log = log or _silent_log()
+        self._log = log or silent_log()
         self._clock = clock
         self._residency = Residency(settings.ram)
         self._lock = self._residency.lock
@@ -415,10 +414,3 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return collect(self._parts, self._prefetcher)
-
-
-def _silent_log() -> FilteringBoundLogger:
-    log: FilteringBoundLogger = structlog.wrap_logger(
-        structlog.ReturnLogger(), wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
-    )
-    return log

@@ -66,3 +66,10 @@ def make_log(level: str, stream: TextIO) -> FilteringBoundLogger:
     )
     logging.root.handlers[:] = [_Bridge(log)]
     return log
+
+
+def silent_log() -> FilteringBoundLogger:
+    log: FilteringBoundLogger = structlog.wrap_logger(
+        structlog.ReturnLogger(), wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
+    )
+    return log

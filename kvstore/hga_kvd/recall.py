@@ -102,8 +102,8 @@ class SummaryPath:
 class Staging:
     """Where summaries are read to and verified before they are copied out. One call at a time: the disk has no more to give.
 
-    Huge pages, unlike a client's memory on most hosts: a disk reads into those half as fast (DESIGN section 4), and a copy
-    costs a tenth of that. Taken when first used.
+    In huge pages: into a client's memory, which has them on few hosts, a disk reads half as fast (DESIGN section 4), and a
+    copy costs a tenth of the difference. Taken when first used.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Staging:
         self._memory: U8 | None = None
 
     def read(self, disk: Disk, items: Items, destination: U8) -> Bools:
-        """Disk to destination. Returns which items are bad, after a second try; their bytes mean nothing."""
+        """As reads.read_verified."""
         size = items.item_bytes
         # A gap ends a read, so that the first ones are verified and copied while the last are on their way.
         per_read = max(1, READ_BYTES // size)
