@@ -154,26 +154,32 @@ class FetchPath:
         fetched = self._judge(session, epoch, keys, missing, bad, late, len(found), len(awaited), counters)
         if not len(awaited):
             return fetched
-        statuses = np.zeros(count, np.uint8) if fetched.statuses is None else fetched.statuses
-        if not self._wait_for_others(pool, others, records[awaited], overdue):
-            with self._lock:
-                counters.late_records += len(awaited)
-            statuses[awaited] = STATUS_LATE
-            return Fetched(statuses, fetched.ram_records, fetched.nvme_records)
-        own = np.empty((len(awaited), slots.record_bytes), np.uint8)
-        rest = self._fetch_many(session, epoch, keys[awaited], own.reshape(-1), overdue, counters)
+        rest, own = self._fetch_awaited(session, epoch, keys[awaited], others, records[awaited], overdue, counters)
         destination.reshape(count, -1)[awaited] = own
+        statuses = np.zeros(count, np.uint8) if fetched.statuses is None else fetched.statuses
         statuses[awaited] = 0 if rest.statuses is None else rest.statuses
         ram, nvme = fetched.ram_records + rest.ram_records, fetched.nvme_records + rest.nvme_records
         return Fetched(statuses if statuses.any() else None, ram, nvme)
 
-    def _wait_for_others(self, pool: Pool, slots: I64, records: I64, overdue: Callable[[], bool] | None) -> bool:
-        """Waits until the calls that read these records have ended. False: the deadline came first."""
+    def _fetch_awaited(
+        self,
+        session: Session,
+        epoch: int,
+        keys: Keys,
+        slots: I64,
+        records: I64,
+        overdue: Callable[[], bool] | None,
+        counters: Counters,
+    ) -> tuple[Fetched, U8]:
+        """Waits until the calls that read these records (of these slots) have ended, then fetches: [keys, record_bytes]."""
+        pool = self._residency.pools[session.pool]
+        own = np.zeros((len(keys), pool.slots.record_bytes), np.uint8)
         with self._lock:
             while not self._residency.wait_for_fills(pool, slots, records, WAIT_S if overdue else None):
                 if overdue is not None and overdue():
-                    return False
-        return True
+                    counters.late_records += len(keys)
+                    return Fetched(np.full(len(keys), STATUS_LATE, np.uint8), 0, 0), own
+        return self._fetch_many(session, epoch, keys, own.reshape(-1), overdue, counters), own
 
     def _check_size(self, count: int, record_bytes: int) -> None:
         settings = self._parts.settings

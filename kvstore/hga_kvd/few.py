@@ -96,7 +96,7 @@ def bring(disk: Disk, residency: Residency, pool: Pool, few: Few) -> bool:
 
 
 def end(residency: Residency, pool: Pool, few: Few) -> None:
-    """Unpins what `plan` pinned; what was read and is good may stay."""
+    """Unpins what `claim` pinned; what was read and is good may stay."""
     state, doomed = pool.slots.state.data, pool.slots.doomed.data
     for m, good in zip(few.misses, few.good or [False] * len(few.misses), strict=True):
         if not doomed[m.slot]:
