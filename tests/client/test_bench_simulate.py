@@ -11,7 +11,7 @@ from hga_kvd_client.sketch import SketchSpec
 from sequences import DIM, GEOMETRY, LAYERS, RATIO, ROPE, SCALE, Tokens
 from simulate import Row, Simulation, hga_rule, oracle_rule, sketch_rule
 
-START, COUNT = 512, 896
+START, COUNT = 512, 704
 SINKS, RECENT = 1, 2
 
 
