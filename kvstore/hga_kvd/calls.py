@@ -1,6 +1,7 @@
 """The calls that carry payload through shared memory, in plain values: what gRPC and the fast lane do the same way.
 
-One place checks their sizes and borrows their ranges, so both have the same limits and refuse with the same sentences.
+One place checks their sizes, borrows their ranges and waits for their turns, so both have the same limits and refuse with
+the same sentences.
 """
 
 from __future__ import annotations
