@@ -25,8 +25,8 @@ from hga_kvd_proto.v1 import kvd_pb2
 from hga_kvd_client import errors
 from hga_kvd_client.answers import Fetched, Opened, SessionInfo, opened, session_info
 from hga_kvd_client.geometry import Bytes, Geometry, Keys
-from hga_kvd_client.link import MIB, Answer, Link
-from hga_kvd_client.payload import Limits, append_once, begin_summaries, fetch_once, fetch_records_max
+from hga_kvd_client.link import MIB, Link
+from hga_kvd_client.payload import Limits, append_once, begin_summaries, fetch_once, fetch_records_max, summaries_once
 from hga_kvd_client.target import checked_target, default_target
 
 
@@ -342,7 +342,7 @@ class Connection:
         """
         self._free_landing()
         asked = session_id, kind, first_chunk, chunk_count, epoch
-        count, found = self._link.repeat(partial(_at_once, partial(begin_summaries, self._link, *asked, half=0)))
+        count, found = self._link.repeat(partial(summaries_once, self._link, *asked, half=0))
         return count, found.tobytes()
 
     def summaries(
@@ -358,15 +358,13 @@ class Connection:
         ahead: Callable[[], tuple[int, Bytes]] | None = None
         try:
             while first_chunk < end:
-                begin = partial(
-                    begin_summaries, self._link, session_id, kind, first_chunk, end - first_chunk, epoch, half
-                )
                 answer = None
                 if ahead is not None:
                     waiting, ahead = ahead, None
                     with contextlib.suppress(errors.Unavailable):
                         answer = waiting()
-                count, found = answer or self._link.repeat(partial(_at_once, begin))
+                asked = session_id, kind, first_chunk, end - first_chunk, epoch, half
+                count, found = answer or self._link.repeat(partial(summaries_once, self._link, *asked))
                 first_chunk, half = first_chunk + count, 1 - half
                 if first_chunk < end:
                     ahead = begin_summaries(self._link, session_id, kind, first_chunk, end - first_chunk, epoch, half)
@@ -423,7 +421,3 @@ class Connection:
         if limits is None:
             raise errors.SessionNotFound(f"session {session_id} was not opened through this connection: open it first")
         return limits
-
-
-def _at_once(begin: Callable[[], Callable[[], Answer]]) -> Answer:
-    return begin()()

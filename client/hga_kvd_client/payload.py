@@ -17,7 +17,7 @@ from hga_kvd_client import errors
 from hga_kvd_client.answers import Fetched
 from hga_kvd_client.geometry import Bytes, Geometry, Keys
 from hga_kvd_client.link import Link
-from hga_kvd_client.region import PAGE_BYTES
+from hga_kvd_client.region import PAGE_BYTES, Region
 
 
 @dataclass(frozen=True)
@@ -62,28 +62,42 @@ def _in_parts(header: kvd_pb2.AppendHeader, payload: Bytes, part_bytes: int) -> 
         yield kvd_pb2.AppendRequest(payload=payload[start : start + part_bytes].tobytes())
 
 
+def summaries_once(
+    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, half: int
+) -> tuple[int, Bytes]:
+    """As many as fit, in this half (0 or 1) of where fetches land, or in one message: chunks and bytes. Raises: as
+    Connection's."""
+    asked = _summaries_request(link, session_id, kind, first_chunk, chunk_count, epoch, half)
+    return _summaries(link.region, asked, link.ask("GetSummaries", asked))
+
+
 def begin_summaries(
     link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, half: int
 ) -> Callable[[], tuple[int, Bytes]]:
-    """Asks for as many as fit, in this half (0 or 1) of where fetches land, or in one message; what is returned waits for
-    them: chunks and bytes. Raises: as Connection's."""
+    """The same, begun now; what is returned waits for the answer, and then raises."""
+    asked = _summaries_request(link, session_id, kind, first_chunk, chunk_count, epoch, half)
+    region, finish = link.region, link.begin("GetSummaries", asked)
+    return lambda: _summaries(region, asked, finish())
+
+
+def _summaries_request(
+    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, half: int
+) -> kvd_pb2.GetSummariesRequest:
     request = kvd_pb2.GetSummariesRequest(
         session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count, epoch=epoch
     )
-    region = link.region
-    room = region.fetch_part.nbytes // 2 // PAGE_BYTES * PAGE_BYTES if region is not None else 0
-    if region is not None:
-        place = kvd_pb2.SharedRange(client_id=region.client_id, offset=half * room, bytes=room)
+    if link.region is not None:
+        room = link.region.fetch_part.nbytes // 2 // PAGE_BYTES * PAGE_BYTES
+        place = kvd_pb2.SharedRange(client_id=link.region.client_id, offset=half * room, bytes=room)
         request.shared.CopyFrom(place)
-    finish = link.begin("GetSummaries", request)
+    return request
 
-    def wait() -> tuple[int, Bytes]:
-        answer = finish()
-        if region is None:
-            return int(answer.chunk_count), np.frombuffer(bytearray(answer.payload), np.uint8)
-        return int(answer.chunk_count), region.fetch_part[half * room : half * room + answer.payload_bytes]
 
-    return wait
+def _summaries(region: Region | None, asked: kvd_pb2.GetSummariesRequest, answer: Any) -> tuple[int, Bytes]:
+    if region is None:
+        return int(answer.chunk_count), np.frombuffer(bytearray(answer.payload), np.uint8)
+    at = asked.shared.offset
+    return int(answer.chunk_count), region.fetch_part[at : at + answer.payload_bytes]
 
 
 def fetch_records_max(link: Link, limits: Limits) -> int:
