@@ -169,7 +169,7 @@ def read_again(disk: Disk, items: Items, bad: Bools, destination: U8) -> None:
 
 
 def read_verified(disk: Disk, items: Items, destination: U8) -> Bools:
-    """Disk to destination. Returns which items are bad, after a second try; their bytes mean nothing."""
+    """Disk to destination. Returns which items are bad, also when read again; their bytes mean nothing."""
     at = items.positions * items.item_bytes
     bad = read(disk, items, destination, at)
     bad |= items.wrong(destination.data, at)

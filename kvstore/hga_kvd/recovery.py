@@ -44,7 +44,7 @@ SECTOR_BYTES = 512  # what a device writes whole or not at all
 HEAD_READ_BYTES = 64 << 10
 # One read while looking for the next sound frame, or through a body.
 SCAN_READ_BYTES = 4 << 20
-# What is not sound is read once more, as records are: a read that failed, or brought other bytes, for once must not cut
+# What is not sound is read once more: a read that failed, or brought other bytes, for once must not cut
 # off what was flushed.
 TRIES = 2
 # Walks at once, and bytes of one batch: a disk is busy with 32 to 64 reads in flight.
