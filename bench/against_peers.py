@@ -25,12 +25,12 @@ import numpy as np
 import results
 import typer
 from hga_kvd.bench.content import Content, WrongBytes
-from hga_kvd.bench.probes import fio_gb_per_s
 from hga_kvd.config import parse_size
 from hga_kvd.memory import aligned_buffer
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
 from peers import PEERS, Missing, load
 from peers.base import Bytes, Numbers, Peer, Shape, State
+from raw_io import fio_speed
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -38,6 +38,10 @@ from rich.table import Table
 PUT_BYTES = 8 << 20
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 FIO_DEPTH = 64  # of hga-kvd's default
+FIO = (
+    "fio --name=job --filename='{file}' --size={total} --bs={size} --rw=randread --direct=1 --ioengine=io_uring "
+    "--iodepth={depth} --norandommap --randrepeat=0 --time_based --runtime=500ms --output-format=json"
+)
 console = Console()
 
 
@@ -77,12 +81,13 @@ def main(
         except Missing as error:
             missing[name] = str(error)
     speeds: dict[State, dict[str, list[float]]] = {}
+    facts: dict[str, dict[str, str]] = {"fio": {"pages": "huge pages of a tmpfs"}}
     bar = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*bar, console=Console(stderr=True), transient=True) as progress:
         for state, size in (("cold", cold_size), ("hot", hot_size)):
             shape = Shape(parse_size(size) // parse_size(record_size), parse_size(record_size), batch)
             classes = {name: kind for name, kind in found.items() if state in kind.states}
-            speeds[state] = measure(classes, directory, shape, state, batches, repeats, progress)
+            speeds[state] = measure(classes, directory, shape, state, batches, repeats, progress, facts)
     show(speeds, found, missing, f"{batch} random records of {record_size}, GB/s")
     if record_results:
         run = datetime.now(UTC).isoformat(timespec="seconds")
@@ -91,7 +96,7 @@ def main(
         for name in [*found, "fio"]:
             by_state = {f"{state}_gbs": of_state[name] for state, of_state in speeds.items() if name in of_state}
             if by_state:
-                results.append("peers", {"peer": name, **fixed, **sizes}, by_state, directory)
+                results.append("peers", {"peer": name, **facts[name], **fixed, **sizes}, by_state, directory)
 
 
 def measure(
@@ -102,10 +107,11 @@ def measure(
     batches: int,
     repeats: int,
     progress: Progress,
+    facts: dict[str, dict[str, str]],
 ) -> dict[str, list[float]]:
-    """GB/s of each sample, by peer."""
-    # Plain pages, as any program's memory: hga-kvd's landing has huge ones only where the host keeps a pool of them.
-    records, out = Records(shape), aligned_buffer(shape.batch * shape.record_bytes)
+    """GB/s of each sample, by peer. facts: gets what each peer says of itself."""
+    # Huge pages for all, as hga-kvd's arena has them: a disk reads faster into them.
+    records, out = Records(shape), aligned_buffer(shape.batch * shape.record_bytes, huge=True)
     task = progress.add_task("", total=None)
     with ExitStack() as stack:
         place = Path(tempfile.mkdtemp(dir=directory))
@@ -118,6 +124,7 @@ def measure(
             peers[name] = kind(own, shape, state)
             stack.callback(peers[name].close)
             fill(peers[name], records)
+            facts[name] = peers[name].facts()
         os.sync()  # what is not written yet cannot be dropped from the page cache
         speeds: dict[str, list[float]] = {name: [] for name in peers}
         chance = np.random.default_rng(1)
@@ -135,7 +142,8 @@ def measure(
                 progress.update(task, description=f"{state}: {name}, sample {repeat + 1} of {repeats}")
                 speeds[name].append(sample(peer, numbers, memory, records))
             if state == "cold" and fio_file.exists():
-                speed = fio_gb_per_s(fio_file, "randread", fio_file.stat().st_size, shape.record_bytes, FIO_DEPTH, 0.5)
+                job = FIO.format(file=fio_file, total=fio_file.stat().st_size, size=shape.record_bytes, depth=FIO_DEPTH)
+                speed = fio_speed(job, FIO_DEPTH * shape.record_bytes, "huge")
                 if speed is not None:
                     speeds.setdefault("fio", []).append(speed)
     progress.remove_task(task)

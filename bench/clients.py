@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import results
 import typer
+from hga_kvd.bench.daemon import daemon_on
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
 from rich.console import Console
@@ -85,21 +83,13 @@ def main(
     keep: Annotated[bool, typer.Option(help="Append to bench/results/clients.jsonl.")] = True,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="kvd") as directory:
-        socket = Path(directory) / "k.sock"
-        command = [sys.executable, "-m", "hga_kvd", "--listen", str(socket), "--ram", "1GiB", "--log-level", "warning"]
-        running = subprocess.Popen(command)
-        try:
-            while not socket.exists():
-                time.sleep(0.05)
-            numbers: dict[str, dict[str, float]] = {}
+        numbers: dict[str, dict[str, float]] = {}
+        with daemon_on(Path(directory), "1GiB") as daemon:
             count = 1
             while count <= most:
                 for name, (runs, groups) in CASES.items():
-                    numbers[f"{name}, {count} clients"] = measure(f"unix:{socket}", count, runs, groups, seconds)
+                    numbers[f"{name}, {count} clients"] = measure(daemon.target, count, runs, groups, seconds)
                 count *= 2
-        finally:
-            running.send_signal(signal.SIGTERM)
-            running.wait(30)
     table = Table(title=f"one daemon, RAM, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     for heading in ("", "calls/s", "GB/s", "p50 us", "p99 us"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +22,13 @@ import results
 import smollm2
 import torch
 import typer
+from hga_kvd.bench.daemon import daemon_on
 from hga_kvd_client import SessionOptions
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
-START_S = 30.0
 console = Console()
 
 
@@ -46,30 +42,6 @@ class Run:
     generate_s: float = 0.0
     text: str = ""
     opened: list[np.ndarray] = field(default_factory=list)  # a step: share of (layer, KV head) that opened each chunk
-
-
-@contextmanager
-def daemon(directory: Path, ram: str, *options: str) -> Iterator[str]:
-    """A real daemon process on `directory`; yields its target; ends it with SIGTERM and checks that it ended well."""
-    target = f"unix:{directory / 'kvd.sock'}"
-    nvme = directory / "kv"
-    nvme.mkdir()
-    log = (directory / "daemon.log").open("wb")
-    command = [sys.executable, "-m", "hga_kvd", "--nvme", str(nvme), "--ram", ram, "--listen", target, *options]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + START_S
-        while not (directory / "kvd.sock").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the daemon did not start:\n{(directory / 'daemon.log').read_text()}")
-            time.sleep(0.05)
-        yield target
-    finally:
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(60)
-        log.close()
-    if code:
-        raise RuntimeError(f"the daemon ended with {code}:\n{(directory / 'daemon.log').read_text()}")
 
 
 def measure(
@@ -183,8 +155,6 @@ def main(
     record: Annotated[bool, typer.Option(help="also add a line to bench/results/demo.jsonl")] = False,
 ) -> None:
     """Runs the demo; writes build/demo/report.json and build/demo/routing.png."""
-    # An end from outside runs the clean-up too: no daemon and no K/V stay behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source = text or Path(sys.modules["argparse"].__file__ or "")
     out = BUILD / "demo"
     out.mkdir(parents=True, exist_ok=True)
@@ -202,7 +172,10 @@ def main(
     try:
         with torch.inference_mode(), Progress(*columns, console=console) as bar:
             dense = measure(model, tokenizer, ids, split, None, bar)
-            with daemon(place, ram) as target, hga_kvd_patch.patched(model, target, options=options) as state:
+            with (
+                daemon_on(place, ram) as daemon,
+                hga_kvd_patch.patched(model, daemon.target, options=options) as state,
+            ):
                 cache = state.new_cache("demo")
                 routed = measure(model, tokenizer, ids, split, cache, bar)
                 session = cache.sessions[0]

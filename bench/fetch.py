@@ -29,7 +29,7 @@ import grpc
 import numpy as np
 import results
 import typer
-from demo import BUILD, daemon
+from hga_kvd.bench.daemon import daemon_on
 from hga_kvd.filedisk import FileDisk
 from hga_kvd.uring import UringEngine
 from hga_kvd_client.connection import Connection
@@ -49,6 +49,7 @@ FIO = (
     "fio --name=job --filename='{file}' --size={total} --bs={size} --rw={how} --direct=1 --ioengine=io_uring "
     "--iodepth={depth} --norandommap --randrepeat=0 --time_based --runtime={ms}ms --output-format=json"
 )
+BUILD = results.ROOT / "build"
 Values = dict[str, list[float]]
 
 
@@ -167,12 +168,6 @@ def bare_eventfd(count: int) -> list[float]:
     for bell in (request, answer):
         os.close(bell)
     return times
-
-
-def landing_is_huge() -> bool:
-    """Whether this host has huge pages set aside, which is where a landing gets them."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return any(line.startswith("HugePages_Total:") and int(line.split()[1]) > 0 for line in lines)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -343,18 +338,19 @@ def main(
     try:
         (place / "ram").mkdir()
         with (
-            daemon(place, f"{ram}MiB", "--nvme-max", f"{2 * chunks + 1024}MiB") as target,
-            daemon(place / "ram", "256MiB") as ram_target,
+            daemon_on(place, f"{ram}MiB", "--nvme-max", f"{2 * chunks + 1024}MiB") as daemon,
+            daemon_on(place / "ram", "256MiB") as of_ram,
         ):
+            target, pid = daemon.target, daemon.pid
+            assert pid is not None
             connection = Connection(target)
-            pid = int(subprocess.check_output(["pgrep", "-f", f"listen {target}"], text=True).split()[0])
             session_id, data = fill(connection, chunks)
             # All but the last one are full; fio would not read what was only reserved.
             segments = sorted((place / "kv").glob("segment-*"))[: max(1, (chunks >> 8) - 1)]
             for repeat in range(repeats):
-                from_ram(ram_target, values, calls)
+                from_ram(of_ram.target, values, calls)
                 from_disk(connection, target, session_id, data, segments, values, rounds, repeat, depth, pid)
-            transport = connection.transport
+            transport, huge = connection.transport, connection.huge_pages
             connection.disconnect()
     finally:
         shutil.rmtree(place)
@@ -377,7 +373,7 @@ def main(
     Console(width=120).print(table)
     config = {"chunks": chunks, "ram_mib": ram, "rounds": rounds, "depth": depth, "transport": transport}
     config |= {
-        "landing": "huge pages" if landing_is_huge() else "4 KiB pages",
+        "landing": "huge pages" if huge else "4 KiB pages",
         "calls": calls,
         "load_average": os.getloadavg()[0],
     }

@@ -9,13 +9,8 @@ reading the same file in sequence.
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +19,7 @@ import results
 import torch
 import typer
 from demo import BUILD
+from hga_kvd.bench.daemon import daemon_on
 from hga_kvd_client.client import Client
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry
@@ -50,24 +46,6 @@ def made_basis() -> Basis:
 
 
 KINDS, STATE_KIND = [kind for kind, _ in basis_parts(made_basis())], made_basis().kind(SPEC)
-
-
-@contextmanager
-def daemon(directory: Path) -> Iterator[str]:
-    target = f"unix:{directory / 'kvd.sock'}"
-    command = [sys.executable, "-m", "hga_kvd", "--nvme", str(directory / "kv"), "--ram", "1GiB", "--listen", target]
-    with (directory / "daemon.log").open("ab") as log:
-        process = subprocess.Popen([*command, "--scrub-rate", "0"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 60
-            while not (directory / "kvd.sock").exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the daemon did not start:\n{(directory / 'daemon.log').read_text()}")
-                time.sleep(0.05)
-            yield target
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
 
 
 def fill(connection: Connection, chunks: int) -> None:
@@ -135,17 +113,16 @@ def main(
     stored = chunks * GEOMETRY.chunk_bytes
     runs: list[dict[str, float]] = []
     try:
-        (directory / "kv").mkdir()
-        with daemon(directory) as target:
-            connection = Connection(target, deadline_s=120)
+        with daemon_on(directory, "1GiB", "--scrub-rate", "0") as daemon:
+            connection = Connection(daemon.target, deadline_s=120)
             fill(connection, chunks)
             connection.disconnect()
         segment = max((directory / "kv").glob("segment-*"), key=lambda path: path.stat().st_size)
         for _ in range(repeats):
             run = {f"fio_{kind}_gbs": sequential_gbs(segment, kind) for kind in KINDS_OF_PAGES}
             for what, does in (("read", read_all), ("session", open_session)):
-                with daemon(directory) as target:
-                    connection = Connection(target, deadline_s=120)
+                with daemon_on(directory, "1GiB", "--scrub-rate", "0") as daemon:
+                    connection = Connection(daemon.target, deadline_s=120)
                     started = time.perf_counter()
                     size = does(connection, chunks) or run["bytes"]
                     taken = time.perf_counter() - started

@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
     for case in document["cases"]:
         case["gb_per_s"] = [round(value, 4) for value in case["gb_per_s"]]
     numbers = {"memcpy_gb_per_s": document["memcpy_gb_per_s"], "cases": document["cases"]}
-    results.append("storage", document["options"], numbers, directory)
+    way = {"transport": document["transport"], "landing": document["landing"]}
+    results.append("storage", {**document["options"], **way}, numbers, directory)
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import hga_kvd_patch
 import numpy as np
 import torch
-from demo import daemon
+from hga_kvd.bench.daemon import daemon_on
 from hga_kvd_client import SessionOptions
 from simulate import Row, Simulation
 from torch import Tensor
@@ -33,7 +33,10 @@ def compare(model: Any, ids: Tensor, start: int, row: Row, options: SessionOptio
     model.set_attn_implementation("sdpa")
     directory = Path(tempfile.mkdtemp(prefix="daemon-", dir=place))
     try:
-        with daemon(directory, "48MiB") as target, hga_kvd_patch.patched(model, target, options=options) as state:
+        with (
+            daemon_on(directory, "48MiB") as daemon,
+            hga_kvd_patch.patched(model, daemon.target, options=options) as state,
+        ):
             cache = state.new_cache("quality")
             started = time.perf_counter()
             found["loss_daemon"] = _teacher_forced(model, ids, start, cache)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 State = Literal["cold", "hot"]
+OUT_PAGES = "transparent huge pages"  # of the memory that peers read into
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Peer:
         self.place = place
         self.shape = shape
         self.state = state
+
+    def facts(self) -> dict[str, str]:
+        """What a line of the results says of it, beside its name: where its records come to lie. `out` of `read` is what
+        the runner says it is."""
+        return {"pages": OUT_PAGES}
 
     @classmethod
     def check(cls) -> None:

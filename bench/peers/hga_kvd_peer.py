@@ -13,7 +13,7 @@ import numpy as np
 from hga_kvd.bench.daemon import temporary_daemon
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
 
-from peers.base import Bytes, Numbers, Peer, Shape, State
+from peers.base import OUT_PAGES, Bytes, Numbers, Peer, Shape, State
 
 GROUP_BYTES, LAYERS, KV_HEADS = 8192, 4, 4
 
@@ -34,6 +34,10 @@ class HgaKvd(Peer):
         self._connection = daemon.connect()
         self._stack.callback(self._connection.disconnect)
         self._session = self._connection.open("bench", self._geometry).session_id
+
+    def facts(self) -> dict[str, str]:
+        landing = "huge pages" if self._connection.huge_pages else "4 KiB pages"
+        return {"pages": f"{OUT_PAGES}, copied to a landing of {landing}", "transport": self._connection.transport}
 
     def put(self, first: int, records: Bytes) -> None:
         """A record's number is its place in storage order, [chunk][layer][kv_head][run of groups]."""

@@ -81,6 +81,11 @@ class Connection:
         """The shared memory in which fetched records arrive; None where they come as bytes. Another after a restart."""
         return self._link.region.fetch_part if self._link.region is not None else None
 
+    @property
+    def huge_pages(self) -> bool:
+        """Whether the landing lies in huge pages."""
+        return self._link.region is not None and self._link.region.huge_pages
+
     def notice_replacement(self) -> bool:
         """Asks the daemon how long it has run. Returns whether it was replaced since that was last asked."""
         before = self._link.generation

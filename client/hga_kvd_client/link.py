@@ -262,6 +262,7 @@ class Link:
         except (OSError, ValueError) as error:
             self._use_bytes(f"{path} did not hand over the region: {error}")
             return None
+        region.huge_pages = answer.huge_pages
         way = "through the fast lane and" if region.lane else "through"
         logger.info("payloads go %s %d bytes of shared memory at %s", way, answer.region_bytes, self.target)
         return region

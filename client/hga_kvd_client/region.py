@@ -30,6 +30,7 @@ class Region:
     def __init__(self, client_id: int, size: int, handover: socket.socket, descriptor: int, lane: Lane | None) -> None:
         """Maps `size` bytes of the descriptor and closes it. Raises OSError, ValueError."""
         self.client_id = client_id
+        self.huge_pages = False  # who attached says so
         self.lane = lane
         self.busy = False
         self._handover = handover

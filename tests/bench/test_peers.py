@@ -28,12 +28,13 @@ def test_a_peer_returns_what_was_put(disk_path, name, state):
 
 
 def test_all_are_measured_in_turns_hot(disk_path):
-    classes = {name: load(name) for name in ("preadv", "sqlite")}
+    classes, facts = {name: load(name) for name in ("preadv", "sqlite")}, {}
     with Progress(disable=True) as progress:
-        speeds = against_peers.measure(classes, disk_path, SHAPE, "hot", 2, 3, progress)
+        speeds = against_peers.measure(classes, disk_path, SHAPE, "hot", 2, 3, progress, facts)
     assert {name: len(values) for name, values in speeds.items()} == {"preadv": 3, "sqlite": 3}
     assert all(value > 0 for values in speeds.values() for value in values)
     assert list(disk_path.iterdir()) == []
+    assert facts == {name: {"pages": "transparent huge pages"} for name in classes}
 
 
 def test_a_peer_that_returns_other_bytes_ends_the_run(disk_path):
@@ -42,7 +43,7 @@ def test_a_peer_that_returns_other_bytes_ends_the_run(disk_path):
             return super().read(numbers[::-1].copy(), out)
 
     with Progress(disable=True) as progress, pytest.raises(WrongBytes, match="Liar"):
-        against_peers.measure({"liar": Liar}, disk_path, SHAPE, "hot", 1, 1, progress)
+        against_peers.measure({"liar": Liar}, disk_path, SHAPE, "hot", 1, 1, progress, {})
 
 
 def test_what_is_not_installed_is_said_so(monkeypatch):

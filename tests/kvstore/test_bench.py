@@ -1,9 +1,12 @@
 """`hga-kvd bench`: what it stores, the traces it replays, the numbers it makes of clocks, and the command end to end."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +193,8 @@ def test_the_command_end_to_end(disk_path, tmp_path):
     assert "one step, all layers" in done.stdout
     assert list(place.iterdir()) == []
     document = json.loads((tmp_path / "out.json").read_text())
+    assert document["transport"] == "lane"
+    assert document["landing"] in ("huge pages", "4 KiB pages")
     by_case = {case["case"]: case for case in document["cases"]}
     assert {"one step, all layers", "4 x 32 KiB, disk", "4 x 8 KiB, RAM"} <= set(by_case)
     step = by_case["one step, all layers"]
@@ -208,6 +213,24 @@ def test_the_command_end_to_end(disk_path, tmp_path):
         assert alone["parameters"]["p99_over_alone"] == 1
         assert [case["calls"] for case in loaded] == [alone["calls"]] * 4
     assert {path.name for path in (tmp_path / "plots").iterdir()} >= {"latency.png", "burst_disk.png"}
+
+
+def test_an_end_from_outside_leaves_nothing(disk_path, tmp_path):
+    """SIGTERM in the middle: the daemon has ended and the directory is gone when the command has."""
+    place = disk_path / "place"
+    place.mkdir()
+    command = [sys.executable, "-m", "hga_kvd", "bench", "burst", "--nvme", str(place), *map(str, tiny(tmp_path))]
+    running = subprocess.Popen([*command, "--seconds", "20"], stderr=subprocess.DEVNULL)
+    deadline, daemons = time.monotonic() + 30, []
+    while not daemons and running.poll() is None and time.monotonic() < deadline:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        daemons = [int(pid) for pid in children if b"--listen" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        time.sleep(0.02)
+    assert daemons
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(30) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{daemons[0]}").exists()
+    assert list(place.iterdir()) == []
 
 
 def test_a_running_daemon_is_measured_and_left_as_it_was(daemon, tmp_path):

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from hga_kvd_client import errors
 from hga_kvd_client.connection import Connection
+
+from hga_kvd.config import parse_size
 
 START_S = 30.0
 STOP_S = 120.0
@@ -50,13 +53,18 @@ class Daemon:
 
 
 class TemporaryDaemon(Daemon):
-    """A process of ours on a directory of ours. The environment's HGA_KVD_* settings hold, but for where it works."""
+    """A process of ours on a directory of ours. The environment's HGA_KVD_* settings hold, but for where it works.
 
-    def __init__(self, place: Path, sockets: Path) -> None:
+    It ends with us: from the first start on, a SIGTERM to this process is an exit that runs what is to run at its end.
+    """
+
+    def __init__(self, place: Path, sockets: Path, *options: str) -> None:
+        """options: of the command, beside where it works. In `place` it makes kv and daemon.log."""
         super().__init__(f"unix:{sockets / 'k.sock'}", place, None)
         self._log = place / "daemon.log"
         self._nvme = place / "kv"
-        self._nvme.mkdir()
+        self._nvme.mkdir(exist_ok=True)
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -66,8 +74,9 @@ class TemporaryDaemon(Daemon):
     def restart(self, ram_bytes: int) -> None:
         """Ends the process if there is one, then starts one with this arena on the same directory. Its RAM is empty."""
         self.stop()
+        _exit_at_sigterm()
         command = [sys.executable, "-m", "hga_kvd", "--nvme", str(self._nvme), "--ram", str(ram_bytes)]
-        command += ["--listen", self.target, "--log-level", "warning"]
+        command += ["--listen", self.target, "--log-level", "warning", *self._options]
         with self._log.open("ab") as log:
             # Its own session: a Ctrl-C at the terminal is ours, and we end it with SIGTERM.
             process = subprocess.Popen(
@@ -91,8 +100,24 @@ class TemporaryDaemon(Daemon):
             process.kill()
             process.wait()
             raise BenchFailed(f"the daemon did not stop within {STOP_S:g} s") from None
-        if code:
+        if code not in (0, -signal.SIGTERM):  # the latter: so early in its start that it did not know the signal yet
             raise BenchFailed(f"the daemon ended with {code}:\n{self._log.read_text(errors='replace')[-2000:]}")
+
+
+def _exit_at_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextmanager
+def daemon_on(place: Path, ram: str, *options: str) -> Iterator[TemporaryDaemon]:
+    """A daemon that runs on this directory, which stays. ram, options: as on its command line. Raises: BenchFailed."""
+    daemon = TemporaryDaemon(place, place, *options)
+    try:
+        daemon.restart(parse_size(ram))
+        yield daemon
+    finally:
+        daemon.stop()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Profile `resume`: what a client reads before it can decode in a session that nobody has in RAM.
 
-All summaries, then sinks and recent chunks of every layer, one fetch a layer, as Session.resume does. A temporary daemon is
-started anew before each sample, so its arena is empty; a running one stays, and the column `disk` says what it held.
+All summaries, then sinks and recent chunks of every layer, one fetch a layer, as Session.resume does. The session is parked
+before each sample, so that it comes from disk; a temporary daemon is started anew too.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def resume(daemon: Daemon, options: Options) -> Iterator[str | Case]:
         name = connection.info(stored.session_id).name
         for repeat in range(options.repeats):
             yield f"resume, {repeat + 1} of {options.repeats}"
+            connection.park(stored.session_id)
             daemon.restart(ARENA_BYTES)
             reader = daemon.connect()
             watch = Stopwatch(daemon.pid)

@@ -57,12 +57,16 @@ def measure(
                         progress.update(task, description=f"{name}: {told}")
         except KvdError as error:
             raise BenchFailed(f"{type(error).__name__}: {error}") from error
+    connection = daemon.connect()
+    way = {"transport": connection.transport, "landing": "huge pages" if connection.huge_pages else "4 KiB pages"}
+    connection.disconnect()
     console.print(report.table(cases, memory_gb_per_s))
     console.print(*report.legend(cases, memory_gb_per_s), sep="\n", highlight=False)
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "machine": machine(directory),
+        **way,
         "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "trace"},
     }
     document = report.document(cases, memory_gb_per_s, facts)
