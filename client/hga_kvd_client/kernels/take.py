@@ -54,7 +54,8 @@ def _take(
         inside = (column < DIM)[:, None] & (dim < DIM)[None, :]
         turn = tl.load(to_z + head * DIM * DIM + column[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
     to = head.to(tl.int64) * head_stride + (tl.load(control + WINDOW_TOKENS) - 1) * DIM + dim
-    row = (dim < DIM) & (key_at != 0) & (part == 0)
+    # Limits, not masks of scalars: these become integers in the interpreter of Triton 3.9, which takes no such mask.
+    row = dim < tl.where((key_at != 0) & (part == 0), DIM, 0)
     key = tl.load(key_at.to(tl.pointer_type(k.dtype.element_ty)) + head * DIM + dim, mask=row)
     value = tl.load(value_at.to(tl.pointer_type(v.dtype.element_ty)) + head * DIM + dim, mask=row)
     each = tl.arange(0, ROWS)
@@ -64,7 +65,8 @@ def _take(
     if PROJECTS:
         turned = tl.sum(turn.to(tl.float32)[None, :, :] * (query.to(tl.float32) * scale)[:, None, :], 2)
         tl.store(z + at[:, None] + column[None, :], turned, mask=(each < RATIO)[:, None] & (column < DIM)[None, :])
-    tl.store(q + at[:, None] + dim[None, :], query, mask=inside_q & (part == 0))
+    kept = (each < RATIO)[:, None] & (dim < tl.where(part == 0, DIM, 0))[None, :]
+    tl.store(q + at[:, None] + dim[None, :], query, mask=kept)
     tl.store(k + to, key, mask=row)
     tl.store(v + to, value, mask=row)
     if part == 0:
