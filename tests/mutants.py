@@ -45,6 +45,12 @@ MUTANTS = (
         "        return np.zeros_like(wrong)\n\n\n@dataclass",
     ),
     Mutant("skip a reference count", "index.py", "        self.refs[rows] += 1\n", "        pass\n"),
+    Mutant(
+        "skip a checksum of a small fetch",
+        "few.py",
+        " and checksum(memory[m.start : m.start + size], m.seed) == m.expected",
+        "",
+    ),
     Mutant("keep a reference count", "index.py", "        self.refs[rows] -= 1\n", ""),
     Mutant("leave torn frames", "startup.py", "erase_heads(disk, handle, found.stale)", "pass"),
     Mutant("take torn bodies", "recovery.py", " or not (yield from self._body_is_whole(frame))", ""),

@@ -10,7 +10,8 @@ segments) is pinned in the meantime. Bytes leave a slot, and become VALID there,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ from hga_kvd.segments import Segment, SegmentLog
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Parts = Generator[tuple[slice, Bools], None, None]  # items, the next few at a time, and something of each
 
 # Reads that are verified and copied at once, while others are under way.
 STEP = 16
@@ -143,11 +145,14 @@ def bring(
         if overdue is not None and overdue():
             late[begin:] = True
             break
-        for part, wrong in _verified(disk, residency, pool, misses, slice(begin, begin + step), destination):
-            bad[part] = wrong
-            if wrong.any():
-                _leave_out(misses, bad)
-            copy_until(left[part.stop])
+        which = slice(begin, begin + step)
+        # Closed before anything is unpinned, whatever happens: the disk may still write to the slots.
+        with contextlib.closing(_verified(disk, residency, pool, misses, which, destination)) as parts:
+            for part, wrong in parts:
+                bad[part] = wrong
+                if wrong.any():
+                    _leave_out(misses, bad)
+                copy_until(int(left[part.stop]))
     _leave_out(misses, late)
     copy_until(len(sources))
     keep = (misses.slots != 0) & ~bad & ~late
@@ -166,30 +171,32 @@ def _leave_out(misses: Misses, which: Bools) -> None:
     misses.sources[misses.copies_to[which[misses.copies_of]]] = 0
 
 
-def _verified(
-    disk: Disk, residency: Residency, pool: Pool, misses: Misses, which: slice, destination: U8
-) -> Iterator[tuple[slice, Bools]]:
+def _verified(disk: Disk, residency: Residency, pool: Pool, misses: Misses, which: slice, destination: U8) -> Parts:
     """Reads these items to where they belong. Yields the next few, and which of them are wrong, by and by."""
     items, slots, size = misses.items.part(which), misses.slots[which], pool.slots.record_bytes
     kept, region = slots != 0, residency.arena.region
     starts = np.where(kept, pool.slots.starts(slots, misses.records[which]), items.positions * size)
     addresses = np.where(kept, residency.address, address_of(destination)) + starts
-    parts: Iterator[tuple[slice, Bools]]
-    if can_go_straight(disk, items, addresses):
-        parts = stream(disk, items, addresses, STEP)
-    else:
-        failed = np.zeros(len(items), bool)
-        for memory, mine in ((region, kept), (destination, ~kept)):
-            failed[mine] = read(disk, items.part(mine), memory, starts[mine])
-        parts = iter([(slice(0, len(items)), failed)])
     all_kept = kept.all()
-    for part, failed in parts:
-        wrong = failed.copy()
-        for memory, mine in () if all_kept else ((region, kept[part]), (destination, ~kept[part])):
-            wrong[mine] |= items.part(part).part(mine).wrong(memory.data, starts[part][mine])
-        if all_kept:
-            wrong |= items.part(part).wrong(region.data, starts[part])
-        yield slice(which.start + part.start, which.start + part.stop), wrong
+    with contextlib.closing(_brought(disk, items, kept, region, destination, starts, addresses)) as parts:
+        for part, failed in parts:
+            wrong = failed.copy()
+            for memory, mine in () if all_kept else ((region, kept[part]), (destination, ~kept[part])):
+                wrong[mine] |= items.part(part).part(mine).wrong(memory.data, starts[part][mine])
+            if all_kept:
+                wrong |= items.part(part).wrong(region.data, starts[part])
+            yield slice(which.start + part.start, which.start + part.stop), wrong
+
+
+def _brought(disk: Disk, items: Items, kept: Bools, region: U8, destination: U8, starts: I64, addresses: I64) -> Parts:
+    """The same, unverified: which of the next few the device could not read."""
+    if can_go_straight(disk, items, addresses):
+        yield from stream(disk, items, addresses, STEP)
+        return
+    failed = np.zeros(len(items), bool)
+    for memory, mine in ((region, kept), (destination, ~kept)):
+        failed[mine] = read(disk, items.part(mine), memory, starts[mine])
+    yield slice(0, len(items)), failed
 
 
 def end(residency: Residency, log: SegmentLog | None, pool: Pool, misses: Misses, keep: Bools | None) -> None:

@@ -82,7 +82,7 @@ def test_restarts(how: str, seed: int) -> None:
         trial.restarted(make(disk, 4 * MIB))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_a_device_that_is_gone_until_power_comes_back(seed: int) -> None:
     """From some disk operation on everything fails, also twice while it recovers."""
     disk, broken = SimDisk(), Broken()
