@@ -51,6 +51,12 @@ MUTANTS = (
         " and checksum(memory[m.start : m.start + size], m.seed) == m.expected",
         "",
     ),
+    Mutant(
+        "skip a checksum of summaries",
+        "recall.py",
+        "failed | items.part(mine).wrong(self._memory.data, starts[part])",
+        "failed",
+    ),
     Mutant("keep a reference count", "index.py", "        self.refs[rows] -= 1\n", ""),
     Mutant("leave torn frames", "startup.py", "erase_heads(disk, handle, found.stale)", "pass"),
     Mutant("take torn bodies", "recovery.py", " or not (yield from self._body_is_whole(frame))", ""),

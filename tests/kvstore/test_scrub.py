@@ -9,6 +9,7 @@ import pytest
 from hga_kvd.arena import BAD
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
+from hga_kvd.errors import SessionNotFound
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.testing.oracle import records_of
 from hga_kvd.testing.simdisk import SimDisk
@@ -208,3 +209,20 @@ def test_verify_of_a_running_daemon(daemon) -> None:  # type: ignore[no-untyped-
     assert "bad" in done.stdout
     assert "layer 0, tokens 64 to 79" in " ".join(done.stdout.split())
     assert running.stub().Stat(kvd_pb2.StatRequest()).scrub_damaged_records == 1
+
+
+# Odd sizes are read one way, whole sectors through the staging, in one piece or several.
+@pytest.mark.parametrize("size", [300, 1024, MIB])
+def test_a_damaged_summary_is_not_returned(size: int) -> None:
+    disk = SimDisk()
+    engine, session_id, _ = filled(disk)
+    payload = NUMBERS.integers(0, 256, (CHUNKS, size), np.uint8)
+    engine.put_summaries(session_id, "k", 0, CHUNKS, payload.tobytes())
+    engine.flush(session_id)
+    name = next(name for name in disk.names() if payload[5].tobytes() in disk.get(name))
+    disk.flip(name, disk.get(name).index(payload[5].tobytes()) + size - 1)
+    whole = CHUNKS * size
+    with pytest.raises(SessionNotFound, match=r"chunk 5 .* is damaged"):
+        engine.get_summaries(session_id, "k", 0, CHUNKS, whole)
+    assert engine.get_summaries(session_id, "k", 0, 5, whole) == (5, payload[:5].tobytes())
+    assert engine.get_summaries(session_id, "k", 6, 2, whole) == (2, payload[6:].tobytes())

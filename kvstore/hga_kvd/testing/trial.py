@@ -23,8 +23,7 @@ from hga_kvd.testing.oracle import Chunk, Excuses, Gone, Known, NoExcuses, Store
 
 U8 = npt.NDArray[np.uint8]
 
-SUMMARY_BYTES = 300
-SUMMARY_KINDS = ("k.v1", "sketch.v1:0f3c")
+SUMMARY_BYTES = {"k.v1": 300, "sketch.v1:0f3c": 1024}  # by kind: whole sectors are read another way
 SESSIONS_MAX = 6
 
 # Every step and how often it is taken.
@@ -245,14 +244,15 @@ class Trial(Judge):
             return "nothing"
         first = self._chance.randrange(len(known.chunks))
         count = self._chance.randint(1, len(known.chunks) - first)
-        kind, payload = self._chance.choice(SUMMARY_KINDS), self._chance.randbytes(count * SUMMARY_BYTES)
+        kind, size = self._chance.choice(list(SUMMARY_BYTES.items()))
+        payload = self._chance.randbytes(count * size)
         if not known.shaky.isdisjoint(range(first, first + count)):
             return "nothing"
         chunks = known.chunks[first : first + count]
         known.use(self._clock.now)
         # From here on, not from when it returns: it may be written out and the power lost before that.
         for i, chunk in enumerate(chunks):
-            chunk.summaries.setdefault(kind, [None]).append(payload[i * SUMMARY_BYTES : (i + 1) * SUMMARY_BYTES])
+            chunk.summaries.setdefault(kind, [None]).append(payload[i * size : (i + 1) * size])
         try:
             self.store.put_summaries(known.session_id, kind, first, count, payload, known.epoch)
         except (StorageFull, WriteFailed):
@@ -265,7 +265,7 @@ class Trial(Judge):
         known = self._pick()
         if known is None:
             return "nothing"
-        for kind in SUMMARY_KINDS:
+        for kind in SUMMARY_BYTES:
             chunks = range(len(known.chunks))
             for chunk in self._chance.sample(chunks, min(2, len(chunks))):
                 self._check_summary(known, kind, chunk, known.chunks[chunk].summaries.get(kind, [None])[-1:])
