@@ -90,3 +90,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     found = config(directory)
     model = of_weights(found, weights(directory, found), dtype)
     return model, AutoTokenizer.from_pretrained(directory, gguf_file=FILE)
+
+
+if __name__ == "__main__":
+    ensure_model(Path(sys.argv[1]))

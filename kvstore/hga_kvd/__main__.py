@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack
+from io import FileIO, TextIOWrapper
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, TextIO
 
 # gRPC's C core prints lines of its own, in its own format; it reads this when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -89,11 +90,17 @@ def daemon(
     stop = _stop_at_signals()
     try:
         settings = config.load({name: value for name, value in given.items() if value is not None}, config_file)
-        code = _run(settings, make_log(settings.log_level, sys.stderr), stop)
+        code = _run(settings, make_log(settings.log_level, _unbuffered_stderr()), stop)
     except StartRefused as error:
         print(f"hga-kvd: {error}", file=sys.stderr)
         code = 2
     raise typer.Exit(code)
+
+
+def _unbuffered_stderr() -> TextIO:
+    """A line that a closed pipe did not take is gone. In the buffer of sys.stderr it would come up again when the
+    interpreter ends, and make the exit code 120."""
+    return TextIOWrapper(FileIO(sys.stderr.fileno(), "w", closefd=False), errors="backslashreplace", write_through=True)
 
 
 def _stop_at_signals() -> SimpleQueue[int]:

@@ -191,6 +191,7 @@ def test_a_daemon_that_does_not_answer_is_a_deadline(daemon, way):
         session_id = connection.open("s", WIDE).session_id
         connection.append(session_id, 0, 2, payload(2, WIDE))
         os.kill(running.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, running.pid, os.WSTOPPED)  # all its threads
         try:
             started = time.monotonic()
             with pytest.raises(errors.DeadlineExceeded, match="no answer within 1 s"):

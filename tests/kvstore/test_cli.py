@@ -238,9 +238,10 @@ def test_a_terminal_gets_lines_for_people(short):
 
 def test_a_log_that_nobody_reads_does_not_stop_it(short):
     """`hga-kvd 2>&1 | head`: the pipe breaks, the daemon goes on."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hga_kvd", "--listen", f"{short}/k.sock", "--ram", "32MiB"], stderr=subprocess.PIPE
-    )
+    # Its stderr is buffered, unless this says otherwise.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "hga_kvd", "--listen", f"{short}/k.sock", "--ram", "32MiB"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
     try:
         while b"ready" not in process.stderr.readline():
             pass
