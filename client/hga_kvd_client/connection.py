@@ -26,7 +26,7 @@ from hga_kvd_client import errors
 from hga_kvd_client.answers import Fetched, Opened, SessionInfo, opened, session_info
 from hga_kvd_client.geometry import Bytes, Geometry, Keys
 from hga_kvd_client.link import MIB, Link
-from hga_kvd_client.payload import Limits, append_once, begin_summaries, fetch_once, fetch_records_max, summaries_once
+from hga_kvd_client.payload import Limits, append_once, fetch_once, fetch_records_max, summaries_ahead, summaries_once
 from hga_kvd_client.target import checked_target, default_target
 
 
@@ -359,25 +359,7 @@ class Connection:
         Raises: SummariesNotFound at a chunk that has none; SessionNotFound, StaleEpoch.
         """
         self._free_landing()
-        end, half = first_chunk + chunk_count, 0
-        ahead: Callable[[], tuple[int, Bytes]] | None = None
-        try:
-            while first_chunk < end:
-                answer = None
-                if ahead is not None:
-                    waiting, ahead = ahead, None
-                    with contextlib.suppress(errors.Unavailable):
-                        answer = waiting()
-                asked = session_id, kind, first_chunk, end - first_chunk, epoch, half
-                count, found = answer or self._link.repeat(partial(summaries_once, self._link, *asked))
-                first_chunk, half = first_chunk + count, 1 - half
-                if first_chunk < end:
-                    ahead = begin_summaries(self._link, session_id, kind, first_chunk, end - first_chunk, epoch, half)
-                yield count, found
-        finally:
-            if ahead is not None:  # nothing may arrive any more when the next call is made
-                with contextlib.suppress(errors.KvdError):
-                    ahead()
+        yield from summaries_ahead(self._link, session_id, kind, first_chunk, chunk_count, epoch)
 
     def _free_landing(self) -> None:
         """Waits until nobody reads the last records in place."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,8 @@ START_TOLERANCE_S = 0.25
 # this much later.
 _LARGE_CALLS = ("Append", "PutSummaries")
 DEADLINE_GRACE_S = 0.2
+# Metadata of each call, so that the daemon tells apart whose turn it is: all who come through its socket are one peer.
+_CLIENT_KEY = "hga-kvd-client"
 _CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 # Largest message we take or send: the largest message_bytes_max that a daemon can be given, and what goes with it.
 MESSAGE_BYTES_MAX = 257 * MIB
@@ -63,6 +66,7 @@ class Link:
         self._region_bytes = region_bytes
         self._deadline_s = deadline_s
         self._reconnect_s = reconnect_s
+        self._name = ((_CLIENT_KEY, secrets.token_hex(8)),)
         self._retired: list[Region] = []
         self._started_at = -math.inf
         self._closed = False
@@ -89,7 +93,7 @@ class Link:
         if call in _LARGE_CALLS:
             return self.begin(call, request, read)()
         try:
-            answer = getattr(self._stub, call)(request, timeout=self._deadline_s)
+            answer = getattr(self._stub, call)(request, timeout=self._deadline_s, metadata=self._name)
         except grpc.RpcError as error:
             raise self._refusal(call, error, read) from None
         if read is not None:
@@ -98,7 +102,7 @@ class Link:
 
     def begin(self, call: str, request: Any, read: Region | None = None) -> Callable[[], Any]:
         """One call, once, begun now: what is returned waits for its answer, and then raises as `ask`."""
-        pending = getattr(self._stub, call).future(request, timeout=self._deadline_s)
+        pending = getattr(self._stub, call).future(request, timeout=self._deadline_s, metadata=self._name)
 
         def finish() -> Any:
             try:

@@ -1,12 +1,14 @@
-"""One append and one fetch over a link, by the best way it has: the fast lane, shared memory, bytes in messages.
+"""One append, one fetch, and summaries over a link, by the best way it has: fast lane, shared memory, bytes in messages.
 
 Each is an attempt, made again as a whole when the daemon went away: a new link has a new region.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,7 +73,32 @@ def summaries_once(
     return _summaries(link.region, asked, link.ask("GetSummaries", asked))
 
 
-def begin_summaries(
+def summaries_ahead(
+    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int
+) -> Generator[tuple[int, Bytes], None, None]:
+    """All of them, as many at a time as fit; the next are on their way meanwhile. Raises: as Connection's."""
+    end, half = first_chunk + chunk_count, 0
+    ahead: Callable[[], tuple[int, Bytes]] | None = None
+    try:
+        while first_chunk < end:
+            answer = None
+            if ahead is not None:
+                waiting, ahead = ahead, None
+                with contextlib.suppress(errors.Unavailable):
+                    answer = waiting()
+            asked = session_id, kind, first_chunk, end - first_chunk, epoch, half
+            count, found = answer or link.repeat(partial(summaries_once, link, *asked))
+            first_chunk, half = first_chunk + count, 1 - half
+            if first_chunk < end:
+                ahead = _begin_summaries(link, session_id, kind, first_chunk, end - first_chunk, epoch, half)
+            yield count, found
+    finally:
+        if ahead is not None:  # nothing may arrive any more when the next call is made
+            with contextlib.suppress(errors.KvdError):
+                ahead()
+
+
+def _begin_summaries(
     link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, half: int
 ) -> Callable[[], tuple[int, Bytes]]:
     """The same, begun now; what is returned waits for the answer, and then raises."""

@@ -29,15 +29,23 @@ from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from structlog.typing import FilteringBoundLogger
 
 from hga_kvd import __version__, errors
-from hga_kvd.answers import Fetched, SessionInfo
-from hga_kvd.calls import Calls, Range
+from hga_kvd.answers import SessionInfo
+from hga_kvd.calls import Calls
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
-from hga_kvd.geometry import Geometry
 from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing, NotAttached
 from hga_kvd.lanes import Lanes
 from hga_kvd.memory import aligned_buffer
+from hga_kvd.messages import (
+    client_of,
+    fetch_response,
+    gathered,
+    geometry_message,
+    geometry_of,
+    range_of,
+    session_message,
+)
 from hga_kvd.refusals import ERROR_KEY, SharingRefused, refusal
 
 U8 = npt.NDArray[np.uint8]
@@ -117,7 +125,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
 
     @_answers
     def Open(self, request: kvd_pb2.OpenRequest, context: grpc.ServicerContext) -> kvd_pb2.OpenResponse:
-        geometry = _geometry(request.geometry) if request.HasField("geometry") else None
+        geometry = geometry_of(request.geometry) if request.HasField("geometry") else None
         return self._opened(
             request.client_id,
             lambda owner: self.engine.open(
@@ -150,7 +158,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         return kvd_pb2.OpenResponse(
             session_id=info.session_id,
             name=info.name,
-            geometry=_geometry_message(info.geometry),
+            geometry=geometry_message(info.geometry),
             chunk_count=info.chunk_count,
             durable_chunk_count=info.durable_chunk_count,
             created=info.created,
@@ -204,14 +212,14 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                     )
                 watchdog.cancel()
                 count = self.calls.append(
-                    *place, header.token_ids, _range(header.shared), context.is_active, header.epoch
+                    *place, header.token_ids, range_of(header.shared), context.is_active, header.epoch
                 )
             else:
                 with self._inflight(expected):
-                    payload = _gathered(first.payload, requests, header.chunk_count, expected)
+                    payload = gathered(first.payload, requests, header.chunk_count, expected)
                     watchdog.cancel()
                     count = self.calls.append_in_turn(
-                        *place, context.peer(), payload, header.token_ids, context.is_active, header.epoch
+                        *place, client_of(context), payload, header.token_ids, context.is_active, header.epoch
                     )
         finally:
             watchdog.cancel()
@@ -219,17 +227,17 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
 
     @_answers
     def Fetch(self, request: kvd_pb2.FetchRequest, context: grpc.ServicerContext) -> bytes:
-        """Returns the serialized FetchResponse: see `_fetch_response`."""
+        """Returns the serialized FetchResponse: see `fetch_response`."""
         if request.HasField("shared"):
             fetched = self.calls.fetch(
                 request.session_id,
                 request.keys,
-                _range(request.shared),
+                range_of(request.shared),
                 context.is_active,
                 request.epoch,
                 request.deadline_us,
             )
-            return _fetch_response(None, fetched)
+            return fetch_response(None, fetched)
         start = time.perf_counter()
         keys, size = self.calls.sized_keys(request.session_id, request.keys)
         if not size:
@@ -242,9 +250,9 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         payload = self._buffer(size)
         end = start + request.deadline_us * 1e-6 if request.deadline_us else None
         fetched = self.calls.fetch_in_turns(
-            request.session_id, context.peer(), keys, payload, context.is_active, request.epoch, start, end
+            request.session_id, client_of(context), keys, payload, context.is_active, request.epoch, start, end
         )
-        return _fetch_response(payload, fetched)
+        return fetch_response(payload, fetched)
 
     @_answers
     def Prefetch(self, request: kvd_pb2.PrefetchRequest, context: grpc.ServicerContext) -> kvd_pb2.PrefetchResponse:
@@ -264,7 +272,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 f"the payload has {len(request.payload)} bytes; a message may have {self.settings.message_bytes_max}: "
                 "put fewer chunks in one call"
             )
-        with self.calls.turns.turn(self.engine.tenant(request.session_id), context.peer(), len(request.payload)):
+        with self.calls.turns.turn(self.engine.tenant(request.session_id), client_of(context), len(request.payload)):
             self.engine.put_summaries(
                 request.session_id,
                 request.kind,
@@ -281,10 +289,10 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
     ) -> kvd_pb2.GetSummariesResponse:
         asked = request.session_id, request.kind, request.first_chunk, request.chunk_count
         if request.HasField("shared"):
-            count, size = self.calls.summaries(*asked, _range(request.shared), context.is_active, request.epoch)
+            count, size = self.calls.summaries(*asked, range_of(request.shared), context.is_active, request.epoch)
             return kvd_pb2.GetSummariesResponse(chunk_count=count, payload_bytes=size)
         bytes_max = self.settings.message_bytes_max  # more or less what it will be
-        with self.calls.turns.turn(self.engine.tenant(request.session_id), context.peer(), bytes_max):
+        with self.calls.turns.turn(self.engine.tenant(request.session_id), client_of(context), bytes_max):
             count, payload = self.engine.get_summaries(*asked, bytes_max, request.epoch)
         return kvd_pb2.GetSummariesResponse(chunk_count=count, payload=payload, payload_bytes=len(payload))
 
@@ -305,7 +313,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         for info in sorted(self.engine.list(), key=lambda info: info.session_id):
             if info.session_id <= request.after_session_id:
                 continue
-            message = _session_message(info)
+            message = session_message(info)
             size += message.ByteSize() + 16  # tag and length
             if response.sessions and size > self.settings.message_bytes_max:
                 response.more = True
@@ -323,7 +331,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         )
         if request.session_id:
             info = self.engine.info(request.session_id)
-            response.session.CopyFrom(_session_message(info))
+            response.session.CopyFrom(session_message(info))
             chunk_bytes = 4 * info.geometry.chunk_tokens
             start = request.first_chunk * chunk_bytes
             room = max(chunk_bytes, self.settings.message_bytes_max // chunk_bytes * chunk_bytes)
@@ -354,84 +362,3 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         finally:
             with self._inflight_lock:
                 self._inflight_bytes -= size
-
-
-def _range(shared: kvd_pb2.SharedRange) -> Range:
-    return Range(shared.client_id, shared.offset, shared.bytes)
-
-
-def _gathered(first: bytes, rest: Iterator[kvd_pb2.AppendRequest], chunk_count: int, expected: int) -> U8:
-    """The parts of an Append in one buffer. Raises: InvalidRequest once they are too long, or at the end too short."""
-    buffer = aligned_buffer(expected)
-    received = 0
-    part = first
-    while True:
-        end = received + len(part)
-        if end > expected:
-            raise errors.InvalidRequest(
-                f"the payload has {end} bytes or more; {chunk_count} chunks of this session take {expected}"
-            )
-        buffer[received:end] = np.frombuffer(part, np.uint8)
-        received = end
-        message = next(rest, None)
-        if message is None:
-            break
-        if message.HasField("header"):
-            raise errors.InvalidRequest("a second header in one Append; send the parts with payload only")
-        part = message.payload
-    if received != expected:
-        raise errors.InvalidRequest(
-            f"the payload has {received} bytes; {chunk_count} chunks of this session take {expected}"
-        )
-    return buffer
-
-
-def _fetch_response(payload: U8 | None, fetched: Fetched) -> bytes:
-    """The bytes of a FetchResponse, with one copy of the payload.
-
-    Protobuf would copy it three times, the last time into a buffer that grows by doubling: 1.3 ms for 4 MiB on a quiet
-    machine, 20 ms on a busy one.
-    """
-    rest = kvd_pb2.FetchResponse(
-        statuses=b"" if fetched.statuses is None else fetched.statuses.tobytes(),
-        ram_records=fetched.ram_records,
-        nvme_records=fetched.nvme_records,
-    ).SerializeToString()
-    if payload is None:
-        return rest
-    # Field 1, length-delimited. Fields of a message may come in any order.
-    return b"".join((b"\x0a", _varint(payload.size), payload.data, rest))
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _geometry(message: kvd_pb2.Geometry) -> Geometry:
-    return Geometry(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
-
-
-def _geometry_message(geometry: Geometry) -> kvd_pb2.Geometry:
-    return kvd_pb2.Geometry(**asdict(geometry))
-
-
-def _session_message(info: SessionInfo) -> kvd_pb2.SessionInfo:
-    return kvd_pb2.SessionInfo(
-        session_id=info.session_id,
-        name=info.name,
-        geometry=_geometry_message(info.geometry),
-        chunk_count=info.chunk_count,
-        durable_chunk_count=info.durable_chunk_count,
-        damaged_records=info.damaged_records,
-        temporary=info.temporary,
-        epoch=info.epoch,
-        pinned=info.pinned,
-        parked=info.parked,
-        tenant=info.tenant,
-        ttl_s=info.ttl_s,
-    )

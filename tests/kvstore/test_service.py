@@ -18,10 +18,11 @@ from hga_kvd.engine import Engine
 from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing, NotAttached
 from hga_kvd.log import make_log
+from hga_kvd.messages import gathered
 from hga_kvd.metrics import Metrics
 from hga_kvd.refusals import STATUS, SharingRefused
 from hga_kvd.server import Server
-from hga_kvd.service import KvdService, _gathered
+from hga_kvd.service import KvdService
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
@@ -245,9 +246,9 @@ def test_parts_make_the_same_payload_however_they_are_cut(pieces, expected):
     stream = iter([kvd_pb2.AppendRequest(payload=piece) for piece in rest])
     if len(whole) != expected or not expected:
         with pytest.raises(errors.InvalidRequest, match="payload has"):
-            _gathered(first, stream, 1, expected or len(whole) + 1)
+            gathered(first, stream, 1, expected or len(whole) + 1)
     else:
-        assert _gathered(first, stream, 1, expected).tobytes() == whole
+        assert gathered(first, stream, 1, expected).tobytes() == whole
 
 
 def test_streams_of_the_wrong_shape(kvd, client):

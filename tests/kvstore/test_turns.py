@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from hga_kvd import errors, turns
 from hga_kvd.config import MIB
+from hga_kvd.messages import CLIENT_KEY
 from hga_kvd.turns import FairQueue, Turns
+from hga_kvd_client.connection import Connection
 from hga_kvd_proto.v1 import kvd_pb2
 from test_service import CODE, Running
 from wire import all_keys, append, open_session, payload_of, refused
@@ -257,3 +259,61 @@ def test_a_fetch_in_parts_is_the_same_as_in_one(kvd, monkeypatch):
     assert kvd.stub.Fetch(request) == in_parts
     assert parts[-1] == len(keys)
     assert in_parts.ram_records == len(keys)
+
+
+def test_clients_of_one_socket_have_a_share_each():
+    """One of them asks for three things before the other asks for one, which is then second."""
+    running = Running(message_bytes_max=4 * MIB)
+    try:
+        keys = np.tile(all_keys(3), 8)
+        sessions = [open_session(running.stub, name).session_id for name in ("a", "b")]
+        for session_id in sessions:
+            append(running.stub, session_id, payload_of(3))
+        one, other = (kvd_pb2.FetchRequest(session_id=session_id, keys=keys.tobytes()) for session_id in sessions)
+        size, served = len(running.stub.Fetch(one).payload), []
+        fetch, waiting = running.engine.fetch, running.service.calls.turns.waiting
+
+        def notes(session_id, *arguments):
+            served.append("ab"[sessions.index(session_id)])
+            return fetch(session_id, *arguments)
+
+        running.engine.fetch = notes
+        held = [in_thread(running.service.calls.turns, "", number, size) for number in range(turns.LARGE_AT_ONCE)]
+        for _, inside, _ in held:
+            assert inside.wait(5)
+        calls = []
+        for count, (request, name) in enumerate([(one, "x" * 80)] * 3 + [(other, "y")]):
+            calls.append(running.stub.Fetch.future(request, metadata=((CLIENT_KEY, name),)))
+            while waiting()["large"] != count + 1:
+                time.sleep(0.001)
+        held[0][2].set()  # one place, so one after another
+        for call in calls:
+            assert len(call.result(10).payload) == size
+        held[1][2].set()
+        assert served == ["a", "b", "a", "a"]
+    finally:
+        running.close()
+
+
+def test_connections_say_who_they_are():
+    running = Running()
+    try:
+        session_id = open_session(running.stub).session_id
+        append(running.stub, session_id, payload_of(1))
+        turn, clients = running.service.calls.turns.turn, []
+
+        def notes(tenant, client, *arguments):
+            clients.append(client)
+            return turn(tenant, client, *arguments)
+
+        running.service.calls.turns.turn = notes
+        connections = [Connection(f"unix:{running.path}", transport="bytes") for _ in range(2)]
+        for connection in connections * 2:
+            connection.fetch(connection.open("s", None, create=False).session_id, all_keys(1))
+        for connection in connections:
+            connection.disconnect()
+        assert len(clients) == 4
+        assert clients[:2] == clients[2:]
+        assert clients[0] != clients[1]
+    finally:
+        running.close()
