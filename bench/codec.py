@@ -25,6 +25,7 @@ import zstandard
 from demo import BUILD
 from hga_kvd.archive import PART_BYTES
 from hga_kvd.codec import from_planes, to_planes
+from hga_kvd_patch import CACHE
 from rich.console import Console
 from rich.table import Table
 
@@ -42,9 +43,7 @@ def real_kv(directory: Path, tokens: int) -> np.ndarray:
     past = None
     with torch.inference_mode():
         for first in range(0, tokens, 512):
-            past = model(
-                ids[:, first : first + 512], past_key_values=past, use_cache=True, logits_to_keep=1
-            ).past_key_values
+            past = model(ids[:, first : first + 512], **{CACHE: past}, use_cache=True, logits_to_keep=1)[CACHE]
     # [layer][K,V][kv_head][token][dim]
     kv = np.stack([np.stack([layer.keys[0].numpy(), layer.values[0].numpy()]) for layer in past.layers])
     layers, two, heads, _, dim = kv.shape

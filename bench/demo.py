@@ -24,6 +24,7 @@ import torch
 import typer
 from hga_kvd.bench.daemon import daemon_on
 from hga_kvd_client import SessionOptions
+from hga_kvd_patch import CACHE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -56,8 +57,8 @@ def measure(
     past = cache
     for first in range(0, prompt, 1024):
         end = min(first + 1024, prompt)
-        out = model(ids[:, first:end], past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = out.past_key_values
+        out = model(ids[:, first:end], **{CACHE: past}, use_cache=True, logits_to_keep=1)
+        past = out[CACHE]
         bar.update(task, completed=end)
     run.prefill_s = time.perf_counter() - started
     task = bar.add_task(f"{name}: next tokens, one by one", total=decode)
@@ -65,7 +66,7 @@ def measure(
     started = time.perf_counter()
     for column in range(prompt, prompt + decode):
         losses.append(torch.nn.functional.cross_entropy(out.logits[:, -1], ids[:, column]).item())
-        out = model(ids[:, column : column + 1], past_key_values=past, use_cache=True)
+        out = model(ids[:, column : column + 1], **{CACHE: past}, use_cache=True)
         if cache is not None:
             run.opened.append(opened_chunks(cache.sessions[0], model.config.num_hidden_layers))
         bar.advance(task)
@@ -76,7 +77,7 @@ def measure(
     started = time.perf_counter()
     for _ in range(generate):
         chosen.append(int(token))
-        token = model(token, past_key_values=past, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        token = model(token, **{CACHE: past}, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
         bar.advance(task)
     run.generate_s = time.perf_counter() - started
     run.text = tokenizer.decode(chosen)

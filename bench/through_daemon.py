@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from hga_kvd.bench.daemon import daemon_on
 from hga_kvd_client import SessionOptions
+from hga_kvd_patch import CACHE
 from simulate import Row, Simulation
 from torch import Tensor
 
@@ -56,9 +57,9 @@ def compare(model: Any, ids: Tensor, start: int, row: Row, options: SessionOptio
 def _teacher_forced(model: Any, ids: Tensor, start: int, cache: Any) -> float:
     for first in range(0, start, PROMPT_BLOCK_TOKENS):
         block = ids[None, first : min(first + PROMPT_BLOCK_TOKENS, start)]
-        out = model(block, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(block, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     losses = []
     for at in range(start, len(ids)):
         losses.append(torch.nn.functional.cross_entropy(out.logits[:, -1], ids[None, at]).item())
-        out = model(ids[None, at : at + 1], past_key_values=cache, use_cache=True)
+        out = model(ids[None, at : at + 1], **{CACHE: cache}, use_cache=True)
     return float(np.mean(losses))

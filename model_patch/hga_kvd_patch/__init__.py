@@ -23,9 +23,11 @@ from hga_kvd_patch.errors import (
     PatchError,
     TextMismatch,
 )
+from hga_kvd_patch.naming import CACHE
 from hga_kvd_patch.patch import Patched, patch, patched, unpatch
 
 __all__ = [
+    "CACHE",
     "AlreadyPatched",
     "CacheRefused",
     "CacheUnusable",

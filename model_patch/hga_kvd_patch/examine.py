@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from hga_kvd_patch.attention import NAME, STEP, register
 from hga_kvd_patch.cache import Block, Held, HgaLayer
 from hga_kvd_patch.errors import ModelRefused, PatchError
+from hga_kvd_patch.naming import CACHE
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -210,9 +211,8 @@ def _run_probe(decoder: PreTrainedModel, layers: int, batch: int, position_ids: 
         decoder(
             input_ids=ids.to(device),
             position_ids=position_ids.to(device),
-            past_key_values=Cache(layers=[HgaLayer(held, layer) for layer in range(layers)]),
             use_cache=True,
-            **{STEP: probe},
+            **{CACHE: Cache(layers=[HgaLayer(held, layer) for layer in range(layers)]), STEP: probe},
         )
     except PatchError as error:
         raise ModelRefused(f"{type(decoder).__name__} cannot be patched: {error}") from None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hga_kvd_patch.errors import CallRefused
+from hga_kvd_patch.naming import CACHE
 
 # Outputs of a decoder that a block gives for its own columns: [batch, columns, ...], or tuples of that.
 _PER_COLUMN = ("last_hidden_state", "hidden_states")
@@ -122,7 +123,7 @@ def merge(outputs: list[Any], skipped: int, known: Sequence[int]) -> Any:
             merged[name] = tuple(_join(list(layer), skipped, known) for layer in zip(*parts, strict=True))
         elif name in _PER_COLUMN:
             merged[name] = _join(parts, skipped, known)
-        elif name != "past_key_values" and (len(outputs) > 1 or skipped):
+        elif name != CACHE and (len(outputs) > 1 or skipped):
             raise CallRefused(f"{name} cannot be joined from blocks of tokens: leave out output_{name}")
     return merged
 
@@ -135,7 +136,7 @@ def pick_rows(output: Any, rows: Sequence[int]) -> None:
             output[name] = tuple(layer[chosen] for layer in value)
         elif name in _PER_COLUMN:
             output[name] = value[chosen]
-        elif name != "past_key_values":
+        elif name != CACHE:
             raise CallRefused(f"{name} cannot be given for sequences computed together: leave out output_{name}")
 
 

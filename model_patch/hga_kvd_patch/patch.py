@@ -44,6 +44,7 @@ from hga_kvd_patch.errors import (
 from hga_kvd_patch.examine import DTYPES, ModelFacts, examine
 from hga_kvd_patch.fingerprint import model_fingerprint
 from hga_kvd_patch.inputs import Input, blocks, merge, pick_rows, positions, read_input, same_rows
+from hga_kvd_patch.naming import CACHE, take_cache
 
 logger = logging.getLogger("hga_kvd_patch")
 
@@ -109,7 +110,7 @@ class Patched:
     # Caches.
 
     def new_cache(self, session: str | None = None) -> HgaCache:
-        """An empty cache for `past_key_values=`. session: the name to keep it under, or take it up by; None: temporary.
+        """An empty cache to call the model with. session: the name to keep it under, or take it up by; None: temporary.
 
         A name is held by one cache at a time: an older one of this name is closed when the new one opens it.
         """
@@ -246,7 +247,7 @@ class Patched:
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """In the place of GenerationMixin._prepare_cache_for_generation."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         makes = cache is None and generation_config.use_cache is not False
         if makes or isinstance(cache, HgaCache):
             if generation_mode not in _MODES:
@@ -260,7 +261,7 @@ class Patched:
                     "process; a patched model keeps K/V in the daemon: leave it out, or unpatch the model"
                 )
         if makes:
-            cache = model_kwargs["past_key_values"] = self.new_cache(self.session)
+            cache = model_kwargs[CACHE] = self.new_cache(self.session)
         if isinstance(cache, HgaCache) and generation_mode == GenerationMode.ASSISTED_GENERATION:
             # The first call has candidates behind the prompt, and the logits of all of them are wanted.
             mask = model_kwargs.get("attention_mask")
@@ -274,7 +275,7 @@ class Patched:
 
     def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
-        cache = arguments.get("past_key_values")
+        cache = take_cache(arguments)
         use_cache = arguments.get("use_cache")
         if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
             _refuse_gradients()
@@ -335,7 +336,7 @@ class Patched:
             if outputs or skipped:
                 cache.give_up(error)
             raise
-        merged["past_key_values"] = cache
+        merged[CACHE] = cache
         if not (self.decoder.config.return_dict if return_dict is None else return_dict):
             return merged.to_tuple()
         return merged
@@ -377,7 +378,7 @@ class Patched:
         """The decoder's own forward, for one block."""
         own = {
             "attention_mask": None,  # causality and padding are the block's
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": True,
             "return_dict": True,
         }

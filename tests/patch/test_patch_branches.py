@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from hga_kvd_client import SessionOptions
-from hga_kvd_patch import TextMismatch
+from hga_kvd_patch import CACHE, TextMismatch
 
 CLOSE = 1e-4
 # Banks and windows smaller than the text, so that beams and candidates reach what is in the daemon.
@@ -85,11 +85,11 @@ def test_cache_operations_equal_dynamic_cache(client):
     )
 
     def run():
-        cache = model(ids).past_key_values
+        cache = model(ids)[CACHE]
         logits = []
         for seed, (operation, argument, batch) in enumerate(steps):
             getattr(cache, operation)(argument)
-            logits.append(model(tiny.text(5, seed, batch), past_key_values=cache).logits)
+            logits.append(model(tiny.text(5, seed, batch), **{CACHE: cache}).logits)
         assert cache.get_seq_length() == 80 - 7 - 60 + 8 * 5
         return logits
 

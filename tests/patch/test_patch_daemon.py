@@ -15,6 +15,7 @@ import torch
 from hga_kvd_client import SessionOptions
 from hga_kvd_client.errors import GeometryMismatch, RecordsDamaged, SessionLost
 from hga_kvd_client.keys import record_keys
+from hga_kvd_patch import CACHE
 from hga_kvd_patch.inputs import Input
 
 PROMPT = 1450
@@ -38,9 +39,9 @@ def test_all_groups_give_dense_logits(family, daemon):
     with hga_kvd_patch.patched(model, daemon().target, options=ALL, prefill_block=512):
         out = model(ids[:, :PROMPT])
         assert (out.logits - expected[:, :PROMPT]).abs().max() <= CLOSE
-        cache = out.past_key_values
+        cache = out[CACHE]
         for column in range(PROMPT, PROMPT + STEPS):
-            step = model(ids[:, column : column + 1], past_key_values=cache).logits
+            step = model(ids[:, column : column + 1], **{CACHE: cache}).logits
             assert (step[:, 0] - expected[:, column]).abs().max() <= CLOSE
         session = cache.sessions[0]
         assert session.stats.opened_groups == session.stats.routable_groups > 0
@@ -60,7 +61,7 @@ def test_half_precision_is_as_near_as_the_unpatched_model(dtype, daemon):
         out = model(ids[:, :PROMPT])
         ours = [out.logits[:, -1]]
         for column in range(PROMPT, PROMPT + 8):
-            ours.append(model(ids[:, column : column + 1], past_key_values=out.past_key_values).logits[:, 0])
+            ours.append(model(ids[:, column : column + 1], **{CACHE: out[CACHE]}).logits[:, 0])
     error = (torch.stack(ours, 1).float() - exact).norm()
     assert error <= 1.2 * (unpatched - exact).norm()
 
@@ -78,9 +79,9 @@ def test_generate_with_left_padding_equals_unpatched(daemon):
 def test_routed_decoding_opens_a_part(daemon):
     model, ids = tiny.make("llama"), tiny.text(PROMPT + 20)
     with hga_kvd_patch.patched(model, daemon().target, options=ROUTED):
-        cache = model(ids[:, :PROMPT]).past_key_values
+        cache = model(ids[:, :PROMPT])[CACHE]
         for column in range(PROMPT, PROMPT + 20):
-            logits = model(ids[:, column : column + 1], past_key_values=cache).logits
+            logits = model(ids[:, column : column + 1], **{CACHE: cache}).logits
             assert logits.isfinite().all()
         stats = cache.sessions[0].stats
     assert 0 < stats.opened_groups < 0.4 * stats.routable_groups
@@ -113,7 +114,7 @@ def test_the_daemon_is_replaced_in_the_middle_of_generating(how, options, daemon
 
     with hga_kvd_patch.patched(model, here.target, options=options) as state:
         cache = state.new_cache("talk")
-        broken = greedy(model, ids, STEPS, past_key_values=cache, streamer=Replace())
+        broken = greedy(model, ids, STEPS, **{CACHE: cache}, streamer=Replace())
         assert cache.sessions[0].stats.recoveries == 1
     assert torch.equal(broken, unbroken)
 
@@ -124,17 +125,17 @@ def test_a_temporary_session_is_lost_with_the_daemon_and_computed_again(daemon, 
     expected = model(ids, use_cache=False).logits
     here = daemon()
     with hga_kvd_patch.patched(model, here.target, options=ALL) as state:
-        cache = model(ids[:, :PROMPT]).past_key_values
+        cache = model(ids[:, :PROMPT])[CACHE]
         blind = state.new_cache()
-        model(inputs_embeds=embeds[:, :PROMPT], past_key_values=blind)
+        model(inputs_embeds=embeds[:, :PROMPT], **{CACHE: blind})
         here.stop()
         here.start()
         for column in range(PROMPT, PROMPT + 3):
-            step = model(ids[:, column : column + 1], past_key_values=cache).logits
+            step = model(ids[:, column : column + 1], **{CACHE: cache}).logits
             assert (step[:, 0] - expected[:, column]).abs().max() <= CLOSE
         assert f"lost tokens 0 to {PROMPT - 1}" in caplog.text
         with pytest.raises(SessionLost):
-            model(inputs_embeds=embeds[:, PROMPT:], past_key_values=blind)
+            model(inputs_embeds=embeds[:, PROMPT:], **{CACHE: blind})
 
 
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 5}], ids=["beams", "prompt lookup"])
@@ -173,7 +174,7 @@ def test_a_stored_prefix_is_not_computed_again_and_hardly_read(daemon):
         read = after.fetched_ram_bytes + after.fetched_nvme_bytes - before.fetched_ram_bytes - before.fetched_nvme_bytes
         assert read == 3 * session.geometry.chunk_bytes
         cache.reset()
-        found = greedy(model, other, 8, past_key_values=cache, return_dict_in_generate=True)
+        found = greedy(model, other, 8, **{CACHE: cache}, return_dict_in_generate=True)
         assert torch.equal(found.sequences, expected)
         assert cache.sessions[0].stats.prefill_tokens == other.shape[1] - 1344
         assert state.client.stat().chunks - after.chunks <= 2
@@ -187,7 +188,7 @@ def test_what_is_not_shared(daemon):
     def found(model, **arguments):
         with hga_kvd_patch.patched(model, target, share_prefix=True, **arguments) as state:
             before = state.client.stat().chunks
-            cache = model(ids).past_key_values
+            cache = model(ids)[CACHE]
             cache.sessions[0].flush() if cache.name else cache.sessions[0]._close_full_chunks()
             return ids.shape[1] - cache.sessions[0].stats.prefill_tokens, state.client.stat().chunks - before
 
@@ -208,10 +209,10 @@ def test_rows_of_a_batch_begin_with_what_each_finds(daemon):
     expected = greedy(model, ids, 10, attention_mask=mask)
     with hga_kvd_patch.patched(model, target, options=ALL) as state:
         for name, tokens in (("a", rows[0][:, :650]), ("b", rows[1])):
-            model(tokens, past_key_values=state.new_cache(name))
+            model(tokens, **{CACHE: state.new_cache(name)})
     with hga_kvd_patch.patched(model, target, options=ALL, share_prefix=True, prefill_block=100) as state:
         cache = state.new_cache()
-        assert torch.equal(greedy(model, ids, 10, attention_mask=mask, past_key_values=cache), expected)
+        assert torch.equal(greedy(model, ids, 10, attention_mask=mask, **{CACHE: cache}), expected)
         fed = [session.stats.prefill_tokens for session in cache.sessions]
         assert fed == [1000 - 640, 700 - 640, 90]
 
@@ -252,15 +253,15 @@ def test_damage_is_computed_again_and_the_call_goes_on(chunks, shared, daemon, c
     expected = model(ids, use_cache=False).logits
     here = daemon()
     with hga_kvd_patch.patched(model, here.target, options=options, share_prefix=shared) as state:
-        cache = model(ids[:, :PROMPT], past_key_values=state.new_cache("doc")).past_key_values
+        cache = model(ids[:, :PROMPT], **{CACHE: state.new_cache("doc")})[CACHE]
         session = cache.sessions[0]
         session.flush()
         if shared:
-            model(ids[:, :PROMPT], past_key_values=state.new_cache("other")).past_key_values.close()
+            model(ids[:, :PROMPT], **{CACHE: state.new_cache("other")})[CACHE].close()
         # The last named first: it is met when the first was got over.
         damage(here, [(session, 2 - number, chunk * 4 + 1) for number, chunk in enumerate(chunks)])
         for column in range(PROMPT, PROMPT + 12):
-            step = model(ids[:, column : column + 1], past_key_values=cache).logits
+            step = model(ids[:, column : column + 1], **{CACHE: cache}).logits
             assert (step[:, 0] - expected[:, column]).abs().max() <= CLOSE
         in_window = chunks[0] in (0, 21)
         assert ("is damaged" in caplog.text) != in_window  # what is in the window is never read
@@ -284,11 +285,11 @@ def test_damage_without_token_ids_is_an_error_that_names_it(daemon):
         held = state.client.open("held", state.geometry, state.rope, ALL)
         cache = state.new_cache()
         cache.open(1, lambda row: held)
-        model(inputs_embeds=embeds, past_key_values=cache)
+        model(inputs_embeds=embeds, **{CACHE: cache})
         held.flush()
         damage(here, [(held, 1, 30)])
         with pytest.raises(RecordsDamaged, match="layer 1, KV heads 0, tokens 480 to 495") as caught:
-            model(inputs_embeds=embeds[:, :1], past_key_values=cache)
+            model(inputs_embeds=embeds[:, :1], **{CACHE: cache})
         assert (caught.value.layer, caught.value.token_ranges) == (1, ((480, 496),))
 
 
@@ -301,7 +302,7 @@ torch.set_num_threads(1)
 model = tiny.make(family)
 with hga_kvd_patch.patched(model, target, session="doc", options=SessionOptions(**options)) as state:
     cache = state.new_cache("doc")
-    out = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, past_key_values=cache)
+    out = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, **{hga_kvd_patch.CACHE: cache})
     appended = cache.sessions[0].stats.appended_chunks
 print(json.dumps([out[0].tolist(), appended]))
 """
@@ -331,7 +332,7 @@ def test_a_new_process_goes_on_by_name(family, router, how, daemon):
     with hga_kvd_patch.patched(tiny.make(family), here.target, options=SessionOptions(**options)) as state:
         unbroken = greedy(state.model, prompt, 72)
         cache = state.new_cache("doc")
-        half = greedy(state.model, prompt, 40, past_key_values=cache)
+        half = greedy(state.model, prompt, 40, **{CACHE: cache})
         cache.sessions[0].flush()
         getattr(here, how)()
         here.start()

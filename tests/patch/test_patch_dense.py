@@ -9,7 +9,7 @@ import hga_kvd_patch
 import pytest
 import tiny
 import torch
-from hga_kvd_patch import CacheRefused, CacheUnusable, CallRefused, HgaCache, TextMismatch
+from hga_kvd_patch import CACHE, CacheRefused, CacheUnusable, CallRefused, HgaCache, TextMismatch
 from hga_kvd_patch.inputs import blocks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,11 +40,11 @@ def test_prefill_and_decode_give_dense_logits(family, client):
     expected = model(ids).logits
     with hga_kvd_patch.patched(model, client, prefill_block=64):
         out = model(ids[:, :300])
-        assert isinstance(out.past_key_values, HgaCache)
+        assert isinstance(out[CACHE], HgaCache)
         logits = [out.logits]
         for column in range(300, 330):
-            logits.append(model(ids[:, column : column + 1], past_key_values=out.past_key_values).logits)
-        assert out.past_key_values.get_seq_length() == 330
+            logits.append(model(ids[:, column : column + 1], **{CACHE: out[CACHE]}).logits)
+        assert out[CACHE].get_seq_length() == 330
     assert client.sessions[0].blocks == [64, 64, 64, 64, 44, *[1] * 30]
     assert (torch.cat(logits, 1) - expected).abs().max() <= CLOSE
 
@@ -84,10 +84,10 @@ def test_second_generate_feeds_only_the_new_tokens(client):
     more = tiny.text(20, seed=5)
     with hga_kvd_patch.patched(model, client, session="talk"):
         first = greedy(model, ids, return_dict_in_generate=True)
-        cache = first.past_key_values
+        cache = first[CACHE]
         assert cache.get_seq_length() == 111
         second_ids = torch.cat((first.sequences, more), 1)
-        second = greedy(model, second_ids, past_key_values=cache)
+        second = greedy(model, second_ids, **{CACHE: cache})
         assert client.sessions[0].blocks == [100, *[1] * 11, 21, *[1] * 11]
     assert torch.equal(second, greedy(model, second_ids))
 
@@ -111,24 +111,36 @@ def test_hidden_states_and_embeddings(client):
 def test_other_caches_and_no_cache_are_sdpa(client):
     model, ids = tiny.make("llama"), tiny.text(60)
     padded_ids, mask = padded([30, 20])
-    arguments = ({"use_cache": False}, {"past_key_values": DynamicCache()})
+    arguments = ({"use_cache": False}, {CACHE: DynamicCache()})
     expected = [model(ids, **copy.deepcopy(one)).logits for one in arguments]
     expected_padded = model(padded_ids, attention_mask=mask, use_cache=False).logits
     static = StaticCache(config=model.config, max_cache_len=100)
-    expected_static = greedy(model, ids, past_key_values=StaticCache(config=model.config, max_cache_len=100))
+    expected_static = greedy(model, ids, **{CACHE: StaticCache(config=model.config, max_cache_len=100)})
     with hga_kvd_patch.patched(model, client):
         for one, logits in zip(arguments, expected, strict=True):
             assert torch.equal(model(ids, **copy.deepcopy(one)).logits, logits)
         assert torch.equal(model(padded_ids, attention_mask=mask, use_cache=False).logits, expected_padded)
-        assert torch.equal(greedy(model, ids, past_key_values=static), expected_static)
+        assert torch.equal(greedy(model, ids, **{CACHE: static}), expected_static)
         cache = DynamicCache()
         for part in (ids[:, :40], ids[:, 40:]):
-            last = model(part, past_key_values=cache).logits
+            last = model(part, **{CACHE: cache}).logits
         assert torch.equal(last[:, -1].argmax(-1), expected[0][:, -1].argmax(-1))
         with torch.enable_grad():
             model(ids, labels=ids, use_cache=False).loss.backward()
         assert greedy(model, ids, num_beams=2, use_cache=False).shape == (1, 72)
     assert not client.sessions
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_decoder_takes_its_cache_by_either_name(name, client):
+    model, ids = tiny.make("llama"), tiny.text(30)
+    with hga_kvd_patch.patched(model, client) as state:
+        cache = state.new_cache()
+        first = model.base_model(ids[:, :20], **{name: cache})
+        assert first[CACHE] is cache
+        model.base_model(ids[:, 20:], **{name: cache})
+        assert cache.get_seq_length() == 30
+    assert len(client.sessions) == 1
 
 
 def test_two_patched_models_at_once(client):
@@ -138,10 +150,10 @@ def test_two_patched_models_at_once(client):
     with hga_kvd_patch.patched(models[0], client), hga_kvd_patch.patched(models[1], client):
         outs = [model(ids[:, :79]) for model in models]
         for model, out, logits in zip(models, outs, expected, strict=True):
-            last = model(ids[:, 79:], past_key_values=out.past_key_values).logits
+            last = model(ids[:, 79:], **{CACHE: out[CACHE]}).logits
             assert (last - logits[:, 79:]).abs().max() <= CLOSE
         with pytest.raises(CacheRefused, match="another patched model"):
-            models[0](ids, past_key_values=outs[1].past_key_values)
+            models[0](ids, **{CACHE: outs[1][CACHE]})
 
 
 @pytest.mark.parametrize("family", tiny.FOUR)
@@ -167,7 +179,7 @@ def test_unpatch_restores_everything(family, client):
     assert model.model.forward.__func__ is type(model.model).forward
     assert model._prepare_cache_for_generation.__func__ is type(model)._prepare_cache_for_generation
     assert torch.equal(model(ids).logits, logits)
-    assert isinstance(model(ids).past_key_values, DynamicCache)
+    assert isinstance(model(ids)[CACHE], DynamicCache)
 
 
 def test_unpatch_keeps_a_forward_that_was_there(client):
@@ -194,16 +206,16 @@ def test_sessions_are_closed_with_their_cache(client):
     model = tiny.make("llama")
     with hga_kvd_patch.patched(model, client) as state:
         cache = state.new_cache()
-        model(tiny.text(10), past_key_values=cache)
+        model(tiny.text(10), **{CACHE: cache})
         assert not client.sessions[0].closed
         del cache
         gc.collect()
         assert client.sessions[0].closed
-        kept = model(tiny.text(10)).past_key_values
+        kept = model(tiny.text(10))[CACHE]
         kept.reset()
         assert client.sessions[1].closed
         assert kept.get_seq_length() == 0
-        model(tiny.text(12), past_key_values=kept)
+        model(tiny.text(12), **{CACHE: kept})
         assert kept.sessions[0].tokens == 12
     assert client.sessions[2].closed
     with pytest.raises(CacheRefused):
@@ -235,10 +247,10 @@ def test_continue_by_name_in_plain_forward(client):
     model, ids = tiny.make("llama"), tiny.text(260)
     expected = model(ids).logits
     with hga_kvd_patch.patched(model, client, prefill_block=50) as state:
-        model(ids[:, :190], past_key_values=state.new_cache("x")).past_key_values.close()
+        model(ids[:, :190], **{CACHE: state.new_cache("x")})[CACHE].close()
         mask = torch.cat((torch.zeros(1, 3), torch.ones(1, 260)), 1).long()
         cache = state.new_cache("x")
-        out = model(torch.cat((torch.zeros(1, 3).long(), ids), 1), attention_mask=mask, past_key_values=cache)
+        out = model(torch.cat((torch.zeros(1, 3).long(), ids), 1), attention_mask=mask, **{CACHE: cache})
     assert out.logits[:, : 3 + 128].isnan().all()
     assert (out.logits[:, 3 + 128 :] - expected[:, 128:]).abs().max() <= CLOSE
     assert cache.get_seq_length() == 263
@@ -271,11 +283,11 @@ def test_a_name_is_for_one_sequence_of_ids(client):
 def test_the_newest_cache_has_the_name(client):
     model, ids = tiny.make("llama"), tiny.text(70)
     with hga_kvd_patch.patched(model, client, session="doc"):
-        old = model(ids).past_key_values
-        new = model(torch.cat((ids, ids), 1)).past_key_values
+        old = model(ids)[CACHE]
+        new = model(torch.cat((ids, ids), 1))[CACHE]
         assert new.sessions[0].tokens == 140
         with pytest.raises(CacheUnusable, match="taken up by a newer cache"):
-            model(ids, past_key_values=old)
+            model(ids, **{CACHE: old})
 
 
 # Calls that fail.
@@ -289,18 +301,18 @@ def test_a_failed_call_leaves_a_cache_that_is_right_or_refuses(block, client):
         cache = state.new_cache()
         client.fail_at_block = block
         with pytest.raises(ConnectionError):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
         if block == 1:
-            assert (model(ids, past_key_values=cache).logits - expected).abs().max() <= CLOSE
+            assert (model(ids, **{CACHE: cache}).logits - expected).abs().max() <= CLOSE
         else:
             with pytest.raises(CacheUnusable, match="failed halfway"):
-                model(ids, past_key_values=cache)
+                model(ids, **{CACHE: cache})
         # A decode step that was not taken can be repeated.
-        cache = model(ids[:, :99]).past_key_values
+        cache = model(ids[:, :99])[CACHE]
         client.fail_at_block = 1
         with pytest.raises(ConnectionError):
-            model(ids[:, 99:], past_key_values=cache)
-        last = model(ids[:, 99:], past_key_values=cache).logits
+            model(ids[:, 99:], **{CACHE: cache})
+        last = model(ids[:, 99:], **{CACHE: cache}).logits
         assert (last - expected[:, 99:]).abs().max() <= CLOSE
 
 
@@ -311,8 +323,8 @@ def test_a_batch_that_fails_in_its_second_sequence(client):
         cache = state.new_cache()
         client.fail_at_block = 2
         with pytest.raises(ConnectionError):
-            model(ids, past_key_values=cache)
-        assert (model(ids, past_key_values=cache).logits - expected).abs().max() <= CLOSE
+            model(ids, **{CACHE: cache})
+        assert (model(ids, **{CACHE: cache}).logits - expected).abs().max() <= CLOSE
 
 
 @given(st.integers(1, 4000), st.integers(1, 300))

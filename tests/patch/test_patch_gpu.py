@@ -8,6 +8,7 @@ import tiny
 import torch
 from dense_client import DenseClient
 from hga_kvd_client import SessionOptions
+from hga_kvd_patch import CACHE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,8 +54,8 @@ def test_generate_through_the_device_step_and_a_real_daemon(router, dtype, daemo
     dense = model.generate(ids, max_new_tokens=100, do_sample=False)
     expected = model(dense, use_cache=False).logits[:, 699:-1]
     with hga_kvd_patch.patched(model, daemon(nvme=False).target, options=options, prefill_block=256):
-        cache = model(ids).past_key_values
-        ours = [model(dense[:, t : t + 1], past_key_values=cache).logits[:, 0] for t in range(700, 799)]
+        cache = model(ids)[CACHE]
+        ours = [model(dense[:, t : t + 1], **{CACHE: cache}).logits[:, 0] for t in range(700, 799)]
         (session,) = cache.sessions
         assert session._attending.on_device.step is not None
         assert session.stats.opened_groups == session.stats.routable_groups > 0

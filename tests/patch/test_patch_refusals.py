@@ -12,7 +12,16 @@ import torch
 from dense_client import DenseClient
 from hga_kvd_client import SessionOptions
 from hga_kvd_client.errors import Unavailable
-from hga_kvd_patch import AlreadyPatched, CacheRefused, CacheUnusable, CallRefused, ModelRefused, NotPatched, PatchError
+from hga_kvd_patch import (
+    CACHE,
+    AlreadyPatched,
+    CacheRefused,
+    CacheUnusable,
+    CallRefused,
+    ModelRefused,
+    NotPatched,
+    PatchError,
+)
 from hga_kvd_patch.examine import examine
 from hga_kvd_patch.fingerprint import model_fingerprint
 from torch import nn
@@ -175,7 +184,7 @@ def test_probe_sees_layers_that_do_not_take_part(monkeypatch):
     model = tiny.make("llama")
     attention = model.model.layers[1].self_attn
     inner = attention.forward
-    monkeypatch.setattr(attention, "forward", lambda *a, **k: inner(*a, **(k | {"past_key_values": None})))
+    monkeypatch.setattr(attention, "forward", lambda *a, **k: inner(*a, **(k | {CACHE: None})))
     with pytest.raises(ModelRefused, match="without keeping K and V"):
         examine(model)
 
@@ -282,11 +291,11 @@ def test_inputs(change, reason, model):
 
 
 def test_padding_after_tokens_were_given(model):
-    cache = model(tiny.text(4)).past_key_values
+    cache = model(tiny.text(4))[CACHE]
     with pytest.raises(CallRefused, match="padding between tokens"):
-        model(tiny.text(3), past_key_values=cache, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 1, 1]]))
+        model(tiny.text(3), **{CACHE: cache}, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 1, 1]]))
     with pytest.raises(CallRefused, match="holds 1 sequences, but the batch has 2"):
-        model(tiny.text(3, batch=2), past_key_values=cache)
+        model(tiny.text(3, batch=2), **{CACHE: cache})
 
 
 def test_dropout():
@@ -296,7 +305,7 @@ def test_dropout():
 
 
 def test_cache_operations(model):
-    cache = model(tiny.text(4)).past_key_values
+    cache = model(tiny.text(4))[CACHE]
     layer = cache.layers[0]
     for operation, argument in (
         (layer.crop, -1),
@@ -307,7 +316,7 @@ def test_cache_operations(model):
         with pytest.raises(CacheRefused, match="the whole HgaCache"):
             operation(argument)
     with pytest.raises(CacheRefused, match="only in calls of the patched model"):
-        tiny.make("llama")(tiny.text(3), past_key_values=cache)
+        tiny.make("llama")(tiny.text(3), **{CACHE: cache})
     assert cache.is_croppable
     assert not cache.is_compileable
     cache.close()

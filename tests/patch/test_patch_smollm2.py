@@ -10,6 +10,7 @@ import hga_kvd_patch
 import pytest
 import torch
 from hga_kvd_client import SessionOptions
+from hga_kvd_patch import CACHE
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = Path(os.environ.get("HGA_KVD_MODEL_DIR", ROOT / "build" / "model"))
@@ -46,10 +47,10 @@ def test_dense_routed_and_by_name(smollm2, daemon):
             options = SessionOptions(router=router, topk_chunks=4, topk_groups=4, bank_groups=16)
             with hga_kvd_patch.patched(model, target, options=options, prefill_block=500) as state:
                 cache = state.new_cache(router)
-                prefill = model(ids[:, :PROMPT], past_key_values=cache).logits[0]
+                prefill = model(ids[:, :PROMPT], **{CACHE: cache}).logits[0]
                 logits = [prefill[-1:]]
                 for column in range(PROMPT, PROMPT + STEPS):
-                    logits.append(model(ids[:, column : column + 1], past_key_values=cache).logits[0])
+                    logits.append(model(ids[:, column : column + 1], **{CACHE: cache}).logits[0])
                 stats = cache.sessions[0].stats
                 share = stats.opened_groups / stats.routable_groups
             ours = torch.cat(logits)
