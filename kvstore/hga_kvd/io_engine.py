@@ -18,10 +18,12 @@ from hga_kvd.disk import I32, I64, U64, Read
 
 # A SQE's length is 32 bits and one read(2) stops at 2 GiB - 4 KiB; a longer transfer is a short one, finished below.
 TRANSFER_BYTES_MAX = 1 << 30
-# EAGAIN and EINTR ask to come again. After a second without any progress it is an error like others.
+# EAGAIN and EINTR ask to come again. So does ECANCELED, as nobody here cancels: io_uring says it of a transfer that it
+# wanted to give to a worker thread and never began, when signals kept it from making that thread. After a second without
+# any progress it is an error like others.
 RETRY_ROUNDS_MAX = 1000
 RETRY_PAUSE_S = 0.001
-_TRANSIENT = (-errno.EAGAIN, -errno.EINTR)
+_TRANSIENT = (-errno.EAGAIN, -errno.EINTR, -errno.ECANCELED)
 
 
 Results = Generator[I64, None, None]  # of transfers, a few at a time

@@ -337,7 +337,7 @@ class Stingy:
         moved = self.engine.transfer(write, fds, offsets, addresses, parts)
         cut = np.where(moved > 512, moved - self.rng.integers(0, 500, len(moved)), moved)
         again = self.rng.random(len(moved)) < 0.2
-        refusal = self.rng.choice([-errno.EAGAIN, -errno.EINTR], len(moved))
+        refusal = self.rng.choice([-errno.EAGAIN, -errno.EINTR, -errno.ECANCELED], len(moved))
         return np.where(again, refusal, np.where(moved < lengths, cut, moved))
 
     def shutdown(self) -> None:
