@@ -34,8 +34,6 @@ MIB = 1 << 20
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 1.0
 # Regions given up after calls without an answer, before payloads go as bytes: the daemon keeps each until the end.
 RETIRED_REGIONS_MAX = 4
-# A daemon whose start moved by more than this against our clock is another process.
-START_TOLERANCE_S = 0.25
 # A call whose request does not fit in the socket of a daemon that reads nothing outlives gRPC's own deadline; we leave it
 # this much later.
 _LARGE_CALLS = ("Append", "PutSummaries")
@@ -68,7 +66,7 @@ class Link:
         self._reconnect_s = reconnect_s
         self._name = ((_CLIENT_KEY, secrets.token_hex(8)),)
         self._retired: list[Region] = []
-        self._started_at = -math.inf
+        self._instance: int | None = None
         self._closed = False
         self._channel: grpc.Channel | None = None
         self._stub: Any = None
@@ -219,15 +217,14 @@ class Link:
             self._channel = None
 
     def identify(self) -> None:
-        """Compares the daemon's start with the one known."""
+        """Compares the daemon's process with the one known."""
         answer = self.ask("Stat", kvd_pb2.StatRequest())
-        started_at = time.monotonic() - answer.uptime_s
-        if abs(started_at - self._started_at) > START_TOLERANCE_S:
-            if self._started_at != -math.inf:
+        if answer.instance != self._instance:
+            if self._instance is not None:
                 self.generation += 1
                 self._forget_regions()
                 logger.warning("the daemon at %s was replaced (now hga-kvd %s)", self.target, answer.version)
-            self._started_at = started_at
+            self._instance = answer.instance
 
     # Regions.
 

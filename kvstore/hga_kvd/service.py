@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         self.calls = Calls(engine, landing, settings, observe_fetch, observe_wait)
         self.lanes = Lanes(self.calls, settings.clients_max, log)
         self.started = time.monotonic()
+        self.instance = secrets.randbits(64)
         self._inflight_bytes = 0
         self._inflight_lock = threading.Lock()
         self._thread = threading.local()
@@ -326,6 +328,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         response = kvd_pb2.StatResponse(
             version=__version__,
             uptime_s=time.monotonic() - self.started,
+            instance=self.instance,
             attached_clients=len(self.landing),
             **asdict(self.engine.stats()),
         )

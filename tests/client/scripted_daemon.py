@@ -8,7 +8,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -28,11 +27,12 @@ class ScriptedDaemon(kvd_pb2_grpc.KvdServicer):
         self.faults = {}  # call -> list of functions of the context; each runs once, before the call
         self.late_faults = {}  # call -> the same, after it has been done
         self.calls = []  # (call, shared?)
+        self._under_way, self._over = 0, threading.Condition()
         self.start()
 
     def start(self) -> None:
         self.regions, self.tokens, self.open_sockets = {}, {}, []
-        self.started = time.monotonic()
+        self.instance = secrets.randbits(64)
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(self.path) + ".shm")
         self.listener.listen()
@@ -78,17 +78,27 @@ class ScriptedDaemon(kvd_pb2_grpc.KvdServicer):
     @contextlib.contextmanager
     def _scripted(self, call, context, shared=False):
         self.calls.append((call, shared))
-        for faults in self.faults.get(call), None:
-            if faults:
-                faults.pop(0)(context)
-        yield
-        faults = self.late_faults.get(call)
-        if faults:
-            faults.pop(0)(context)
+        with self._over:
+            self._under_way += 1
+        try:
+            if self.faults.get(call):
+                self.faults[call].pop(0)(context)
+            yield
+            if self.late_faults.get(call):
+                self.late_faults[call].pop(0)(context)
+        finally:
+            with self._over:
+                self._under_way -= 1
+                self._over.notify_all()
+
+    def rest(self) -> None:
+        """Returns when no call is under way, also none that its client gave up."""
+        with self._over:
+            assert self._over.wait_for(lambda: not self._under_way, 60)
 
     def Stat(self, request, context):  # noqa: N802
         with self._scripted("Stat", context):
-            answer = kvd_pb2.StatResponse(version="test", uptime_s=time.monotonic() - self.started)
+            answer = kvd_pb2.StatResponse(version="test", instance=self.instance)
             if request.session_id:
                 geometry, chunks, name = self.sessions[request.session_id]
                 answer.session.CopyFrom(
@@ -173,8 +183,11 @@ class ScriptedDaemon(kvd_pb2_grpc.KvdServicer):
         return self.regions[shared.client_id]
 
 
-def sleep(seconds):
-    return lambda context: time.sleep(seconds)
+def waits_for(event):
+    def wait(context):
+        assert event.wait(60)
+
+    return wait
 
 
 def unavailable(context):

@@ -237,11 +237,11 @@ def test_delete_in_mid_append(good):
         messages = parts(doomed, payload_of(1))
         yield next(messages)
         halfway.set()
-        go_on.wait(20)
+        go_on.wait(60)
         yield from messages
 
     call = stub.Append.future(stream(), timeout=20)
-    assert halfway.wait(10)
+    assert halfway.wait(30)
     time.sleep(0.1)
     stub.Delete(kvd_pb2.DeleteRequest(session_id=doomed))
     go_on.set()
@@ -676,11 +676,11 @@ def test_sigterm_in_mid_append_waits_for_it(daemon):
         messages = list(parts(session_id, PAYLOAD, chunks=CHUNKS))
         yield from messages[: len(messages) // 2]
         halfway.set()
-        go_on.wait(20)
+        go_on.wait(60)
         yield from messages[len(messages) // 2 :]
 
     call = stub.Append.future(stream(), timeout=30)
-    assert halfway.wait(10)
+    assert halfway.wait(30)
     time.sleep(0.2)
     running.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
@@ -705,7 +705,7 @@ def test_sigterm_does_not_wait_for_ever(daemon):
         go_on.wait(60)
 
     call = stub.Append.future(stream(), timeout=60)
-    assert halfway.wait(10)
+    assert halfway.wait(30)
     time.sleep(0.2)
     start = time.monotonic()
     running.stop()
@@ -731,12 +731,12 @@ def test_a_second_signal_ends_it_at_once(daemon):
         go_on.wait(60)
 
     call = stub.Append.future(stream(), timeout=60)
-    assert halfway.wait(10)
+    assert halfway.wait(30)
     time.sleep(0.2)
     running.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     running.process.send_signal(signal.SIGINT)
-    assert running.process.wait(10) == 1
+    assert running.process.wait(30) == 1
     running.process = None
     go_on.set()
     assert refused(call.result)[0] in (CODE.CANCELLED, CODE.UNAVAILABLE)

@@ -85,7 +85,7 @@ def test_a_record_that_another_call_reads_is_read_once() -> None:
     threads: list[threading.Thread] = []
     disk.meanwhile = lambda: threads.append(beside(lambda: answers.append(fetch(engine, session, keys)), engine))
     _, found = fetch(engine, session, KEY)
-    threads[0].join(5)
+    threads[0].join(30)
     fetched, others = answers[0]
     assert disk.streamed == [1, 2]  # the second call reads what is only its own
     assert (fetched.statuses, fetched.ram_records, fetched.nvme_records) == (None, 2, 2)
@@ -112,7 +112,7 @@ def test_when_the_call_that_reads_fails_the_other_one_reads_itself(how: str) -> 
             fetch(engine, session, KEY)
     else:
         assert fetch(engine, session, KEY)[0].statuses is None  # by its second try
-    threads[0].join(5)
+    threads[0].join(30)
     fetched, found = answers[0]
     assert (fetched.statuses, fetched.ram_records + fetched.nvme_records) == (None, 1)
     assert (found == records_of(WIDE, chunks, KEY)).all()

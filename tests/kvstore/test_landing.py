@@ -120,7 +120,7 @@ def test_overlapping_ranges_take_turns(landing):
         thread.start()
         time.sleep(0.05)
         order.append("first")
-    thread.join(5)
+    thread.join(30)
     assert order == ["neighbour", "first", "second"]
 
 
@@ -141,7 +141,7 @@ def test_waiting_for_a_range_ends_with_the_client(landing):
         thread.start()
         time.sleep(0.05)
         landing.release(region.client_id)
-        thread.join(5)
+        thread.join(30)
     assert len(raised) == 1
 
 
@@ -174,7 +174,7 @@ def served():
     served = Served()
     yield served
     served.handover.stop()
-    served.thread.join(5)
+    served.thread.join(30)
     assert not served.thread.is_alive()
     assert not served.path.exists()
     served.directory.cleanup()
@@ -235,7 +235,7 @@ def test_garbage_gets_nothing(garbage):
         assert served.gone == []
     finally:
         served.handover.stop()
-        served.thread.join(5)
+        served.thread.join(30)
         served.directory.cleanup()
 
 
@@ -283,7 +283,7 @@ def test_tokens_and_patience_run_out(monkeypatch):
             assert closed(late)
     finally:
         served.handover.stop()
-        served.thread.join(5)
+        served.thread.join(30)
         served.directory.cleanup()
 
 

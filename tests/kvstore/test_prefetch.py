@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hga_kvd import prefetch
+from hga_kvd import prefetch, prefetcher
 from hga_kvd.answers import STATUS_LATE
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
@@ -15,7 +15,7 @@ from hga_kvd.filedisk import make_disk
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.log import make_log
 from hga_kvd.prefetch import PART_KEYS, Ledger, Part, PrefetchQueue
-from wire import all_keys, payload_of, records_of
+from wire import all_keys, payload_of, records_of, wait_for
 
 MIB = 1 << 20
 WIDE = Geometry(layers=2, kv_heads=2, head_dim=128, dtype="bfloat16")  # records of 8 KiB, chunks of 128 KiB
@@ -61,7 +61,7 @@ def test_take_waits_for_a_part():
     thread.start()
     time.sleep(0.02)
     queue.put(Part(1, 0, keys(1)))
-    thread.join(5)
+    thread.join(30)
     assert taken[0].session_id == 1
 
 
@@ -95,13 +95,6 @@ def stored(disk_path):
     engine.shutdown()
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 5
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert condition()
-
-
 def fetch(engine, session_id, wanted, **options):
     destination = np.zeros(len(wanted) * WIDE.record_bytes, np.uint8)
     return engine.fetch(session_id, wanted, destination, **options), destination.reshape(len(wanted), -1)
@@ -121,17 +114,17 @@ def test_what_was_prefetched_is_in_ram_and_counted(stored):
     assert (after.prefetch_useful_records, after.prefetch_wasted_records) == (len(wanted), 0)
 
 
-def test_a_prefetch_ends_with_its_session(stored):
+def test_a_prefetch_ends_with_its_session(stored, monkeypatch):
     engine, session_id, _ = stored
-    prefetcher = engine._prefetcher
-    with engine._lock:  # the prefetcher waits here
-        prefetcher._thread = threading.Thread(target=prefetcher._work)
-        prefetcher.queue.put(Part(session_id, 0, all_keys(32, WIDE)))
-        prefetcher._thread.start()
-        time.sleep(0.02)
+    monkeypatch.setattr(prefetcher, "WAIT_S", 60)
+    engine._fetch_path.reading = 1  # a fetch goes first, so the first part waits
+    engine.prefetch(session_id, 0, all_keys(32, WIDE))
+    waiting = engine._prefetcher.queue._waiting
+    wait_for(lambda: session_id in waiting and len(waiting[session_id].keys) < len(all_keys(32, WIDE)))
     engine.delete(session_id)
-    wait_for(lambda: not prefetcher.queue._waiting)
-    assert engine.stats().prefetched_records < len(all_keys(32, WIDE))
+    engine._fetch_path.reading = 0
+    wait_for(lambda: not waiting)
+    assert engine.stats().prefetched_records == 0
 
 
 def test_a_prefetch_lets_fetches_go_first(stored):

@@ -3,7 +3,6 @@
 import json
 import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from wire import (
     payload_of,
     records_of,
     refused,
+    wait_for,
 )
 
 MIB = 1 << 20
@@ -273,14 +273,11 @@ def test_streams_of_the_wrong_shape(kvd, client):
 
 
 def test_the_header_is_checked_before_the_payload(kvd):
-    sent = []
+    answered = threading.Event()
 
     def stream(**fields):
         yield kvd_pb2.AppendRequest(header=kvd_pb2.AppendHeader(**fields))
-        for index in range(1000):
-            sent.append(index)
-            time.sleep(0.01)
-            yield kvd_pb2.AppendRequest(payload=bytes(1000))
+        answered.wait(60)  # no payload comes before there is an answer
 
     session_id = open_session(kvd.stub).session_id
     for fields, code in (
@@ -289,8 +286,8 @@ def test_the_header_is_checked_before_the_payload(kvd):
         ({"session_id": session_id, "chunk_count": 0}, CODE.INVALID_ARGUMENT),
         ({"session_id": session_id, "chunk_count": 2**32 - 1}, CODE.RESOURCE_EXHAUSTED),
     ):
-        assert refused(kvd.stub.Append, stream(**fields))[0] == code, fields
-    assert len(sent) < 400
+        assert refused(kvd.stub.Append, stream(**fields), timeout=20)[0] == code, fields
+    answered.set()
 
 
 def test_a_cancelled_append_leaves_no_trace(kvd):
@@ -301,10 +298,10 @@ def test_a_cancelled_append_leaves_no_trace(kvd):
         messages = list(parts(session_id, payload_of(1)))
         yield from messages[: len(messages) // 2]
         halfway.set()
-        go_on.wait(10)
+        go_on.wait(30)
 
     call = kvd.stub.Append.future(stream())
-    assert halfway.wait(5)
+    assert halfway.wait(30)
     call.cancel()
     go_on.set()
     with pytest.raises(grpc.FutureCancelledError):
@@ -314,18 +311,16 @@ def test_a_cancelled_append_leaves_no_trace(kvd):
 
 
 def test_a_stalled_append_is_ended(running):
-    kvd = running(append_stream_s_max=0.2, rpc_threads=1)
+    kvd = running(append_stream_s_max=0.5, rpc_threads=1)
     session_id = open_session(kvd.stub).session_id
     go_on = threading.Event()
 
     def stream():
         yield next(parts(session_id, payload_of(1)))
-        go_on.wait(10)
+        go_on.wait(30)
 
-    start = time.monotonic()
-    assert refused(kvd.stub.Append, stream())[0] == CODE.CANCELLED
-    assert time.monotonic() - start < 5
-    assert append(kvd.stub, session_id, payload_of(1)) == 1
+    assert refused(kvd.stub.Append, stream(), timeout=60)[0] == CODE.CANCELLED
+    assert append(kvd.stub, session_id, payload_of(1), part_bytes=100_000) == 1
     go_on.set()
 
 
@@ -333,23 +328,21 @@ def test_payloads_on_their_way_are_limited(running):
     kvd = running(inflight_bytes_max=GEOMETRY.chunk_bytes * 3 // 2)
     session_id = open_session(kvd.stub).session_id
     other = open_session(kvd.stub, "other").session_id
-    halfway, go_on = threading.Event(), threading.Event()
+    go_on = threading.Event()
 
     def stream():
         messages = parts(session_id, payload_of(1))
         yield next(messages)
-        halfway.set()
-        go_on.wait(10)
+        go_on.wait(60)
         yield from messages
 
     call = kvd.stub.Append.future(stream())
-    assert halfway.wait(5)
-    time.sleep(0.1)
+    wait_for(lambda: kvd.service._inflight_bytes)
     code, sentence, meaning = refused(append, kvd.stub, other, payload_of(1))
     assert (code, meaning) == (CODE.RESOURCE_EXHAUSTED, "LimitExceeded")
     assert str(GEOMETRY.chunk_bytes) in sentence
     go_on.set()
-    assert call.result(5).chunk_count == 1
+    assert call.result(20).chunk_count == 1
     assert append(kvd.stub, other, payload_of(1)) == 1
 
 
@@ -443,9 +436,7 @@ def test_a_dead_client_takes_its_temporary_sessions_along(kvd):
     kept = {open_session(kvd.stub, "", 0).session_id, open_session(kvd.stub, "named", client.client_id).session_id}
     assert kvd.stub.Stat(kvd_pb2.StatRequest()).attached_clients == 1
     client.socket.close()
-    deadline = time.monotonic() + 5
-    while kvd.stub.Stat(kvd_pb2.StatRequest()).sessions == 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: kvd.stub.Stat(kvd_pb2.StatRequest()).sessions != 3)
     assert {s.session_id for s in kvd.stub.List(kvd_pb2.ListRequest()).sessions} == kept
     assert mine not in kept
     assert kvd.stub.Stat(kvd_pb2.StatRequest()).attached_clients == 0

@@ -12,7 +12,7 @@ from hga_kvd.turns import FairQueue, Turns
 from hga_kvd_client.connection import Connection
 from hga_kvd_proto.v1 import kvd_pb2
 from test_service import CODE, Running
-from wire import all_keys, append, open_session, payload_of, refused
+from wire import all_keys, append, open_session, payload_of, refused, wait_for
 
 SMALL, LARGE = turns.SMALL_BYTES, turns.SMALL_BYTES + 1
 
@@ -135,7 +135,7 @@ def in_thread(one, *arguments):
     def work():
         with one.turn(*arguments):
             inside.set()
-            assert leave.wait(10)
+            assert leave.wait(60)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -147,17 +147,14 @@ def test_places_are_limited_and_small_calls_have_their_own():
     large = [in_thread(one, "t", number, LARGE) for number in range(turns.LARGE_AT_ONCE + 2)]
     admitted = large[: turns.LARGE_AT_ONCE]
     for _, inside, _ in admitted:
-        assert inside.wait(5)
-    deadline = time.monotonic() + 5
-    while one.waiting() != {"small": 0, "large": 2} and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert one.waiting() == {"small": 0, "large": 2}
+        assert inside.wait(30)
+    wait_for(lambda: one.waiting() == {"small": 0, "large": 2})
     with one.turn("t", 1, SMALL):
         pass
     for thread, inside, leave in large:
-        assert inside.wait(5)
+        assert inside.wait(30)
         leave.set()
-        thread.join(5)
+        thread.join(30)
     assert one.waiting() == {"small": 0, "large": 0}
 
 
@@ -165,32 +162,31 @@ def test_over_the_limit_a_call_is_refused_with_the_number():
     one = Turns(1)
     first = [in_thread(one, "t", number, LARGE) for number in range(turns.LARGE_AT_ONCE)]
     for _, inside, _ in first:
-        assert inside.wait(5)
+        assert inside.wait(30)
     waits = in_thread(one, "t", 7, LARGE)
-    while not one.waiting()["large"]:
-        time.sleep(0.001)
+    wait_for(lambda: one.waiting()["large"])
     with pytest.raises(errors.LimitExceeded, match="1 calls of this tenant wait"), one.turn("t", 8, LARGE):
         pass
     other = in_thread(one, "another tenant", 9, LARGE)
     for thread, inside, leave in (*first, waits, other):
-        assert inside.wait(5)
+        assert inside.wait(30)
         leave.set()
-        thread.join(5)
+        thread.join(30)
 
 
 def test_a_deadline_ends_the_wait_and_the_place_goes_to_another():
     one = Turns(100)
     first = [in_thread(one, "t", number, LARGE) for number in range(turns.LARGE_AT_ONCE)]
     for _, inside, _ in first:
-        assert inside.wait(5)
+        assert inside.wait(30)
     began = time.perf_counter()
     with one.turn("t", 8, LARGE, began + 0.02):
-        assert 0.02 <= time.perf_counter() - began < 2
+        assert time.perf_counter() - began >= 0.02  # the others still have their places
     waits = in_thread(one, "t", 9, LARGE)
     for thread, inside, leave in (*first, waits):
-        assert inside.wait(5)
+        assert inside.wait(30)
         leave.set()
-        thread.join(5)
+        thread.join(30)
     for _ in range(2 * turns.LARGE_AT_ONCE):  # no place was lost or made
         with one.turn("t", 1, LARGE):
             pass
@@ -221,12 +217,11 @@ def test_calls_take_their_turns_and_refusals_reach_the_client(kvd):
     assert size > SMALL
     held = [in_thread(kvd.service.calls.turns, "", number, size) for number in range(turns.LARGE_AT_ONCE)]
     for _, inside, _ in held:
-        assert inside.wait(5)
+        assert inside.wait(30)
     late = kvd_pb2.FetchRequest(session_id=session_id, keys=keys.tobytes(), deadline_us=20_000)
     assert len(kvd.stub.Fetch(late).payload) == size  # RAM has it: the deadline ends the wait alone
     waits = kvd.stub.Fetch.future(request)
-    while not kvd.service.calls.turns.waiting()["large"]:
-        time.sleep(0.001)
+    wait_for(lambda: kvd.service.calls.turns.waiting()["large"])
     code, sentence, meaning = refused(kvd.tcp_stub.Fetch, request)
     assert (code, meaning) == (CODE.RESOURCE_EXHAUSTED, "LimitExceeded")
     assert sentence.startswith("1 calls of this tenant wait")
@@ -234,7 +229,7 @@ def test_calls_take_their_turns_and_refusals_reach_the_client(kvd):
     assert len(kvd.stub.Fetch(small).payload) == 4 * size // len(keys)
     for thread, _, leave in held:
         leave.set()
-        thread.join(5)
+        thread.join(30)
     assert len(waits.result(10).payload) == size
 
 
