@@ -126,9 +126,10 @@ class SegmentLog:
         smallest = max(SEGMENT_BYTES_MIN, BLOCK_BYTES + frame_bytes_min)
         left = (self.capacity_bytes() - self.used_bytes()) // BLOCK_BYTES * BLOCK_BYTES
         if left < smallest:
+            more = "raise nvme_max" if self._bytes_max else "free space on its file system"
             raise StorageFull(
                 f"NVMe is full: segments take {self.used_bytes()} of {self.capacity_bytes()} bytes and a frame of "
-                f"{frame_bytes_min} does not fit; delete sessions, or raise nvme_max"
+                f"{frame_bytes_min} does not fit; delete sessions, or {more}"
             )
         size = round_up(min(left, max(smallest, self._segment_bytes)))
         segment_id = self.next_segment_id

@@ -35,7 +35,7 @@ def test_decode(dtype, tolerance):
     assert (alone - expected).abs().max() < tolerance
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kv_heads=st.integers(1, 3),
     ratio=st.integers(1, 4),

@@ -45,7 +45,7 @@ def cases(draw):
     return draw(st.integers(1, 12)), draw(st.integers(0, 3)), draw(opens(kv_heads, groups))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(cases())
 def test_against_lru(case):
     slots, first_group, steps = case

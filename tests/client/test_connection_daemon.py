@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ from hga_kvd_client import Client, Geometry, Session, SessionOptions, connect, e
 from hga_kvd_client.connection import Connection
 from hga_kvd_proto.v1 import kvd_pb2
 from sequences import GEOMETRY, ROPE, Tokens, blocks
-from test_connection import all_keys, payload
+from test_connection import all_keys, given_up, payload
+from wire import wait_for
 
 WIDE = Geometry(4, 2, 128, "bfloat16", model_fingerprint="wide")  # records of 8 KiB, chunks of 256 KiB
 ODD = Geometry(2, 3, 20, "float16", chunk_tokens=24, group_tokens=8)  # records of 640 bytes
@@ -46,22 +48,33 @@ every_way = pytest.mark.parametrize("way", TRANSPORTS)
 
 @contextlib.contextmanager
 def connected_by(way, running, **options):
-    """A connection to the one daemon of `listening`, by this transport and no other."""
+    """A connection to a daemon of `listening`, by this transport and no other. Its sessions are gone at the end."""
     target = running.options[-1] if way == "tcp" else running.target
     with connected(target, transport=TRANSPORTS[way], **options) as connection:
         assert connection.transport == ("bytes" if way == "tcp" else way)
         yield connection
+        for info in connection.list():
+            connection.delete(info.session_id)
 
 
-def listening(daemon, *options, **more):
-    """A daemon on its unix socket and on TCP."""
-    return daemon(*options, "--listen", f"127.0.0.1:{free_port()}", **more)
+@pytest.fixture(scope="module")
+def listening(module_daemon):
+    """Daemons on their unix socket and on TCP: one for each kind, however many tests ask for it."""
+
+    @functools.cache
+    def start(*options, nvme=True, **environment):
+        named = {f"HGA_KVD_{name.upper()}": value for name, value in environment.items()}
+        return module_daemon(*options, "--listen", f"127.0.0.1:{free_port()}", nvme=nvme, environment=named)
+
+    return start
 
 
 @pytest.mark.parametrize("nvme", [True, False])
-def test_all_transports_give_the_same_bytes(daemon, nvme):
+def test_all_transports_give_the_same_bytes(listening, nvme):
     # An arena of 1 MiB at most: most of what is read comes from disk.
-    running = listening(daemon, *(("--ram", "4MiB") if nvme else ()), nvme=nvme)
+    running = listening(*(("--ram", "4MiB") if nvme else ()), nvme=nvme)
+    with connected(running.target) as connection:
+        read_before = connection.stat().fetched_nvme_records
     for geometry, chunks in ((WIDE, 40), (ODD, 30)):
         sent = payload(chunks, geometry)
         keys = all_keys(chunks, geometry)
@@ -89,7 +102,7 @@ def test_all_transports_give_the_same_bytes(daemon, nvme):
                     some = connection.fetch(opened.session_id, keys[shuffled]).records
                     np.testing.assert_array_equal(some, sent.reshape(len(keys), -1)[shuffled])
             if nvme and geometry is WIDE:
-                assert connections["lane"].stat().fetched_nvme_records > 0
+                assert connections["lane"].stat().fetched_nvme_records > read_before
             told = {connections["tcp"].info(session_id).token_ids for session_id in ids.values()}
             assert len(told) == 1
             assert len(told.pop()) == 4 * chunks * geometry.chunk_tokens
@@ -98,8 +111,8 @@ def test_all_transports_give_the_same_bytes(daemon, nvme):
 
 
 @every_way
-def test_big_calls_are_split(daemon, way):
-    running = listening(daemon, environment={"HGA_KVD_FETCH_KEYS_MAX": "1000"})
+def test_big_calls_are_split(listening, way):
+    running = listening(message_bytes_max="512KiB", fetch_keys_max="1000")
     with connected_by(way, running, region_bytes=2 << 20) as connection:
         session_id = connection.open("big", WIDE).session_id
         sent = payload(64, WIDE)  # 16 MiB through an append half of 1 MiB
@@ -113,8 +126,8 @@ def test_big_calls_are_split(daemon, way):
 
 @every_way
 @pytest.mark.parametrize("size", [40960, 41000])  # read in place; through a buffer
-def test_summaries_come_in_pages_read_ahead(daemon, way, size):
-    running = listening(daemon, environment={"HGA_KVD_MESSAGE_BYTES_MAX": "512KiB"})
+def test_summaries_come_in_pages_read_ahead(listening, way, size):
+    running = listening(message_bytes_max="512KiB", fetch_keys_max="1000")
     with connected_by(way, running, region_bytes=2 << 20) as connection:
         session_id = connection.open("s", WIDE).session_id
         connection.append(session_id, 0, 60, payload(60, WIDE))
@@ -144,8 +157,8 @@ def test_summaries_come_in_pages_read_ahead(daemon, way, size):
 
 
 @every_way
-def test_errors_of_the_daemon_are_typed(daemon, way):
-    running = listening(daemon, nvme=False, environment={"HGA_KVD_FETCH_BYTES_MAX": "1MiB"})
+def test_errors_of_the_daemon_are_typed(listening, way):
+    running = listening(nvme=False, fetch_bytes_max="1MiB")
     with connected_by(way, running) as connection:
         opened = connection.open("a", WIDE)
         with pytest.raises(errors.GeometryMismatch, match="head_dim"):
@@ -154,7 +167,9 @@ def test_errors_of_the_daemon_are_typed(daemon, way):
             connection.open("b", Geometry(0, 2, 64, "bfloat16"))
         with pytest.raises(errors.SessionNotFound):
             connection.open("b", None, create=False)
-        with pytest.raises(errors.AppendOutOfOrder, match="starts at chunk 1, but session 1 ends at chunk 0"):
+        with pytest.raises(
+            errors.AppendOutOfOrder, match=f"starts at chunk 1, but session {opened.session_id} ends at chunk 0"
+        ):
             connection.append(opened.session_id, 1, 1, payload(1, WIDE))
         with pytest.raises(errors.InvalidRequest, match="3 bytes of token ids"):
             connection.append(opened.session_id, 0, 1, payload(1, WIDE), b"123")
@@ -185,20 +200,18 @@ def test_errors_of_the_daemon_are_typed(daemon, way):
 
 
 @every_way
-def test_a_daemon_that_does_not_answer_is_a_deadline(daemon, way):
-    running = listening(daemon)
-    with connected_by(way, running, deadline_s=1.0) as connection:
+def test_a_daemon_that_does_not_answer_is_a_deadline(listening, way):
+    running = listening("--ram", "4MiB")
+    with connected_by(way, running) as connection:
         session_id = connection.open("s", WIDE).session_id
         connection.append(session_id, 0, 2, payload(2, WIDE))
         os.kill(running.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, running.pid, os.WSTOPPED)  # all its threads
         try:
-            started = time.monotonic()
-            with pytest.raises(errors.DeadlineExceeded, match="no answer within 1 s"):
+            with given_up(connection, r"no answer within 0\.4 s"):
                 connection.fetch(session_id, all_keys(2, WIDE))
-            with pytest.raises(errors.DeadlineExceeded):
+            with given_up(connection):
                 connection.append(session_id, 2, 1, payload(1, WIDE, seed=2))
-            assert time.monotonic() - started < 5
         finally:
             os.kill(running.pid, signal.SIGCONT)
         assert connection.append(session_id, 2, 1, payload(1, WIDE, seed=2)) == 3
@@ -206,8 +219,8 @@ def test_a_daemon_that_does_not_answer_is_a_deadline(daemon, way):
 
 
 @pytest.mark.parametrize("transport", ["auto", "shared", "bytes"])
-def test_every_group_opened_is_dense_attention(daemon, transport):
-    running = daemon()
+def test_every_group_opened_is_dense_attention(listening, transport):
+    running = listening("--ram", "4MiB")
     tokens = Tokens(600)
     options = SessionOptions(router="all", recent_chunks=2, sink_chunks=1, bank_groups=8, flush_chunks=1)
     with connect(running.target, transport=transport) as client:
@@ -218,6 +231,7 @@ def test_every_group_opened_is_dense_attention(daemon, transport):
             assert session.stats.ram_bytes + session.stats.nvme_bytes > 0
             session.close()
         assert [info.name for info in client.list()] == ["named"]
+        client.connection.delete(client.list()[0].session_id)
 
 
 def prefilled(client: Client, name: str | None, tokens: Tokens, count: int) -> Session:
@@ -227,34 +241,40 @@ def prefilled(client: Client, name: str | None, tokens: Tokens, count: int) -> S
     return session
 
 
+@pytest.fixture(scope="module")
+def unbroken(listening):
+    """A sequence, and what its tokens from 1,145 on give where nothing is restarted."""
+    tokens = Tokens(1170)
+    with connect(listening("--ram", "4MiB").target) as client:
+        session = prefilled(client, None, tokens, 1145)
+        return tokens, [tokens.run(session, step, step + 1) for step in range(1145, 1170)]
+
+
 @pytest.mark.parametrize(
     ("how", "transport"), [("stop", "auto"), ("kill", "auto"), ("kill", "shared"), ("stop", "bytes")]
 )
-def test_a_session_goes_on_over_restarts(daemon, how, transport):
+def test_a_session_goes_on_over_restarts(daemon, unbroken, how, transport):
     """Decoding gives what it gives without restarts; kill -9 takes at most what the window still has."""
     running = daemon("--ram", "8MiB")
-    tokens = Tokens(1200)
+    tokens, expected = unbroken
     with connect(running.target, transport=transport) as client:
-        session = prefilled(client, "unbroken", tokens, 1100)
-        expected = [tokens.run(session, step, step + 1) for step in range(1100, 1200)]
-        session.close()
-        session = prefilled(client, "broken", tokens, 1100)
+        session = prefilled(client, "broken", tokens, 1145)
         # At 1153 chunk 17 has just been appended and not flushed.
-        for step in range(1100, 1200):
-            if step in (1105, 1153):
+        for step in range(1145, 1170):
+            if step in (1148, 1153):
                 getattr(running, how)()
                 running.start()
-            assert torch.equal(tokens.run(session, step, step + 1), expected[step - 1100])
+            assert torch.equal(tokens.run(session, step, step + 1), expected[step - 1145])
         session.flush()
-        assert client.list()[1].durable_chunk_count == 18
+        assert client.list()[0].durable_chunk_count == 18
         assert session.stats.recoveries >= (1 if how == "kill" else 0)
     # A new process would do just this.
     with connect(running.target, transport=transport) as client:
         session = client.open("broken", GEOMETRY, ROPE, OPTIONS)
         assert session.tokens == 1152
         np.testing.assert_array_equal(session.token_ids(), tokens.ids[:1152])
-        tokens.run(session, 1152, 1199)
-        assert torch.equal(tokens.run(session, 1199, 1200), expected[99])
+        tokens.run(session, 1152, 1169)
+        assert torch.equal(tokens.run(session, 1169, 1170), expected[-1])
 
 
 def test_kill_9_after_a_flush_loses_nothing(daemon):
@@ -288,10 +308,7 @@ def test_a_temporary_session_does_not_outlive_its_daemon_or_its_client(daemon):
         client.open(None, GEOMETRY, ROPE, OPTIONS)
         assert len(client.list()) == 1
     with connect(running.target) as client:
-        deadline = time.monotonic() + 5
-        while client.list() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert client.list() == []
+        wait_for(lambda: not client.list())
 
 
 def test_a_client_waits_for_its_daemon(daemon):
@@ -355,8 +372,8 @@ def test_forks_truncations_and_prefixes(daemon, transport):
 
 
 @every_way
-def test_a_deadline_leaves_out_and_a_prefetch_brings_in(daemon, way):
-    running = listening(daemon, "--ram", "4MiB")
+def test_a_deadline_leaves_out_and_a_prefetch_brings_in(listening, way):
+    running = listening("--ram", "4MiB")
     with connected_by(way, running) as connection:
         session_id = connection.open("s", WIDE).session_id
         sent, keys = payload(40, WIDE), all_keys(40, WIDE)
@@ -367,6 +384,7 @@ def test_a_deadline_leaves_out_and_a_prefetch_brings_in(daemon, way):
         records = sent.reshape(len(keys), -1)
 
         some = np.random.default_rng(2).permutation(len(keys))[:100]
+        late_before = connection.stat().late_records
         answer = connection.fetch(session_id, keys[some], deadline_us=1)
         assert answer.statuses is not None
         late = answer.statuses == kvd_pb2.RECORD_STATUS_LATE
@@ -374,7 +392,7 @@ def test_a_deadline_leaves_out_and_a_prefetch_brings_in(daemon, way):
         assert set(answer.statuses[~late]) <= {0}
         assert answer.ram_records == np.count_nonzero(~late)
         np.testing.assert_array_equal(answer.records[~late], records[some][~late])
-        assert connection.stat().late_records == np.count_nonzero(late)
+        assert connection.stat().late_records - late_before == np.count_nonzero(late)
         again = connection.fetch(session_id, keys[some], deadline_us=10_000_000)
         assert again.statuses is None
         np.testing.assert_array_equal(again.records, records[some])

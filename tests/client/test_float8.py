@@ -29,7 +29,7 @@ def reference(values: list[float]) -> tuple[int, list[set[int]]]:
     return exponent, nearest
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=40),
     size=st.sampled_from([1e-38, 1e-20, 1e-4, 1.0, 3e3, 1e30]),

@@ -25,7 +25,7 @@ def reference(q, chunks, groups, topk_chunks, topk_groups):
     return opened
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kv_heads=st.integers(1, 4),
     ratio=st.integers(1, 8),
@@ -100,7 +100,7 @@ def sketch_reference(log_mass, window, budget, cover):
     return opened
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kv_heads=st.integers(1, 4),
     ratio=st.integers(1, 16),

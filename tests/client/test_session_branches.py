@@ -57,7 +57,7 @@ def assert_same_steps(session, tokens: Tokens, steps: int = 8) -> None:
     np.testing.assert_array_equal(session.known_ids(), tokens.ids[: session.tokens])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(1, 300), st.integers(0, 330)), min_size=1, max_size=5),
     st.sampled_from([ROUTED, ALL]),

@@ -65,7 +65,7 @@ shapes = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=shapes,
     chunk=st.sampled_from([(64, 16), (32, 8), (16, 16), (8, 4)]),
@@ -103,7 +103,7 @@ def test_bytes_and_values_against_loops(shape, chunk, four, two, per_group, seed
                 assert float(got[h, r, g]) == pytest.approx(mass, rel=1e-3, abs=1e-2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(shape=shapes, tokens=st.integers(1, 300), seed=st.integers(0, 999))
 def test_a_basis_keeps_every_product(shape, tokens, seed):
     kv_heads, ratio, dim = shape

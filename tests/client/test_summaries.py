@@ -34,7 +34,7 @@ def reference(keys: torch.Tensor, start: int, inv_freq: list[float], chunk_token
     return summary
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     pairs=st.integers(0, 6),
     plain=st.integers(0, 5),

@@ -18,7 +18,7 @@ def values(layer: int, first: int, end: int) -> torch.Tensor:
     return torch.stack([1000 * (layer * KV_HEADS + h) + token for h in range(KV_HEADS)])[..., None]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(sinks=st.integers(0, 3), recent=st.integers(1, 4), blocks=st.lists(st.integers(1, 23), min_size=1, max_size=15))
 def test_holds_sinks_and_tail(sinks, recent, blocks):
     window = Window(LAYERS, KV_HEADS, DIM, CHUNK, sinks, recent, torch.float32, torch.device("cpu"))

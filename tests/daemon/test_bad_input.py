@@ -29,6 +29,7 @@ from wire import (
     payload_of,
     records_of,
     refused,
+    wait_for,
 )
 
 CODE = grpc.StatusCode
@@ -267,7 +268,7 @@ def test_summaries_that_cannot_be(good):
 
 @pytest.mark.parametrize(
     ("call", "request_bytes"),
-    [("Open", b"\xff" * 20), ("Fetch", b"\x0a\x80"), ("Append", os.urandom(200)), ("Nonsense", b"")],
+    [("Open", b"\xff" * 20), ("Fetch", b"\x0a\x80"), ("Append", b"\xff" * 200), ("Nonsense", b"")],
 )
 def test_bytes_that_are_not_the_message(served, good, call, request_bytes):
     channel = served.channel()
@@ -331,15 +332,10 @@ def test_ranges_that_are_not_the_clients(good, served, client):
     ):
         header.shared.CopyFrom(bad)
         assert refused(stub.Append, iter([kvd_pb2.AppendRequest(header=header)]), timeout=20)[0] == code, bad
+    attached = stub.Stat(kvd_pb2.StatRequest()).attached_clients
     other.socket.close()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:  # a range of a client that is gone
-        time.sleep(0.02)
-        request = kvd_pb2.FetchRequest(session_id=session_id, keys=one, shared=other.range(0, size))
-        with contextlib.suppress(grpc.RpcError):
-            stub.Fetch(request)
-            continue
-        break
+    wait_for(lambda: stub.Stat(kvd_pb2.StatRequest()).attached_clients < attached)
+    request = kvd_pb2.FetchRequest(session_id=session_id, keys=one, shared=other.range(0, size))
     assert refused(stub.Fetch, request)[0] == CODE.UNAVAILABLE
     assert (client.memory == 9).all()
 
@@ -445,13 +441,13 @@ def test_a_client_killed_in_mid_append(good, served, into):
         process.kill()
         process.wait()
         process.stdout.close()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        after = stub.Stat(kvd_pb2.StatRequest(session_id=session_id))
-        if (after.attached_clients, after.sessions) == (before.attached_clients, before.sessions):
-            break
-        time.sleep(0.02)
-    assert (after.attached_clients, after.sessions) == (before.attached_clients, before.sessions)
+
+    def as_before():
+        after = stub.Stat(kvd_pb2.StatRequest())
+        return (after.attached_clients, after.sessions) == (before.attached_clients, before.sessions)
+
+    wait_for(as_before)
+    after = stub.Stat(kvd_pb2.StatRequest(session_id=session_id))
     assert after.session.chunk_count == CHUNKS
     assert refused(stub.Stat, kvd_pb2.StatRequest(session_id=temporary))[0] == CODE.NOT_FOUND
 
@@ -666,22 +662,39 @@ def test_an_unknown_option(daemon):
 # Stops.
 
 
-def test_sigterm_in_mid_append_waits_for_it(daemon):
-    running = daemon()
-    stub = running.stub()
-    session_id = open_session(stub, "s").session_id
-    halfway, go_on = threading.Event(), threading.Event()
+# Room for one append of CHUNKS chunks on its way, and for no other beside it.
+ONE_APPEND = {"HGA_KVD_INFLIGHT_BYTES_MAX": str(len(PAYLOAD))}
+
+
+def begun(stub, messages, go_on):
+    """An append that the daemon has begun and that stands still until `go_on`."""
 
     def stream():
-        messages = list(parts(session_id, PAYLOAD, chunks=CHUNKS))
-        yield from messages[: len(messages) // 2]
-        halfway.set()
-        go_on.wait(60)
-        yield from messages[len(messages) // 2 :]
+        messages_left = iter(messages)
+        yield next(messages_left)
+        go_on.wait(100)
+        yield from messages_left
 
-    call = stub.Append.future(stream(), timeout=30)
-    assert halfway.wait(30)
-    time.sleep(0.2)
+    call = stub.Append.future(stream(), timeout=100)
+    probe = open_session(stub, "").session_id
+
+    def no_room():
+        try:
+            append(stub, probe, payload_of(1), stub.Stat(kvd_pb2.StatRequest(session_id=probe)).session.chunk_count)
+        except grpc.RpcError as error:
+            return error.code() == CODE.RESOURCE_EXHAUSTED
+        return False
+
+    wait_for(no_room)
+    return call
+
+
+def test_sigterm_in_mid_append_waits_for_it(daemon):
+    running = daemon(environment=ONE_APPEND)
+    stub = running.stub()
+    session_id = open_session(stub, "s").session_id
+    go_on = threading.Event()
+    call = begun(stub, parts(session_id, PAYLOAD, chunks=CHUNKS), go_on)
     running.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert running.process.poll() is None
@@ -693,23 +706,13 @@ def test_sigterm_in_mid_append_waits_for_it(daemon):
 
 
 def test_sigterm_does_not_wait_for_ever(daemon):
-    running = daemon(environment={"HGA_KVD_GRACE_S": "0.5"})
+    running = daemon(environment={"HGA_KVD_GRACE_S": "0.5", **ONE_APPEND})
     stub = running.stub()
     session_id = open_session(stub, "s").session_id
     append(stub, session_id, PAYLOAD)
-    halfway, go_on = threading.Event(), threading.Event()
-
-    def stream():
-        yield next(parts(session_id, PAYLOAD, CHUNKS, chunks=CHUNKS))
-        halfway.set()
-        go_on.wait(60)
-
-    call = stub.Append.future(stream(), timeout=60)
-    assert halfway.wait(30)
-    time.sleep(0.2)
-    start = time.monotonic()
-    running.stop()
-    assert time.monotonic() - start < 20
+    go_on = threading.Event()
+    call = begun(stub, parts(session_id, PAYLOAD, CHUNKS, chunks=CHUNKS), go_on)
+    running.stop()  # the append stands still for longer than STOP_S
     go_on.set()
     assert refused(call.result)[0] in (CODE.CANCELLED, CODE.UNAVAILABLE)
     running.start()
@@ -718,21 +721,13 @@ def test_sigterm_does_not_wait_for_ever(daemon):
 
 
 def test_a_second_signal_ends_it_at_once(daemon):
-    running = daemon(environment={"HGA_KVD_GRACE_S": "60"})
+    running = daemon(environment={"HGA_KVD_GRACE_S": "60", **ONE_APPEND})
     stub = running.stub()
     session_id = open_session(stub, "s").session_id
     append(stub, session_id, PAYLOAD)
     stub.Flush(kvd_pb2.FlushRequest(session_id=session_id))
-    halfway, go_on = threading.Event(), threading.Event()
-
-    def stream():
-        yield next(parts(session_id, PAYLOAD, CHUNKS, chunks=CHUNKS))
-        halfway.set()
-        go_on.wait(60)
-
-    call = stub.Append.future(stream(), timeout=60)
-    assert halfway.wait(30)
-    time.sleep(0.2)
+    go_on = threading.Event()
+    call = begun(stub, parts(session_id, PAYLOAD, CHUNKS, chunks=CHUNKS), go_on)
     running.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     running.process.send_signal(signal.SIGINT)

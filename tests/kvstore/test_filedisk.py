@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hga_kvd.config import Settings
 from hga_kvd.errors import StartRefused
 from hga_kvd.filedisk import FileDisk, make_disk
 from hga_kvd.memory import address_of, aligned_buffer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 MIB = 1 << 20
@@ -202,7 +203,7 @@ def test_names_of_the_disk_itself_are_our_bug(name: str, disk: FileDisk) -> None
             act()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(contents=st.lists(st.binary(max_size=10_000), min_size=1, max_size=4))
 def test_replace_gives_the_last_content(disk: FileDisk, contents: list[bytes]) -> None:
     for content in contents:
@@ -317,10 +318,10 @@ def test_tmpfs_is_refused() -> None:
     kind = subprocess.run(["stat", "-f", "-c", "%T", "/dev/shm"], capture_output=True, text=True, check=False).stdout
     if kind.strip() != "tmpfs":
         pytest.skip("/dev/shm is not tmpfs here")
-    before = os.listdir("/dev/shm")
-    with pytest.raises(StartRefused, match="is on tmpfs, which is memory"):
-        start(Path("/dev/shm"))
-    assert os.listdir("/dev/shm") == before
+    with tempfile.TemporaryDirectory(prefix="hga-kvd-test-", dir="/dev/shm") as place:
+        with pytest.raises(StartRefused, match="is on tmpfs, which is memory"):
+            start(Path(place))
+        assert os.listdir(place) == []
 
 
 def test_a_read_only_file_system_is_refused(small_disk: Path) -> None:

@@ -38,13 +38,13 @@ from hga_kvd.testing.simdisk import SimDisk
 from hga_kvd.testing.simulation import SMALL, TINY, frames_of
 from hga_kvd.testing.trial import Trial
 from hga_kvd_proto.v1 import kvd_pb2
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 KIB, MIB = 1 << 10, 1 << 20
 SEGMENT = "segment-00000001.kvs"
 SETTINGS = Settings(ram=2 * MIB, segment_bytes=256 * KIB, nvme_reserve=0)
-FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=150)
 
 edits = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=8)
 words = st.lists(

@@ -69,7 +69,7 @@ def test_clients_are_limited(landing):
 
 
 @given(offset=st.integers(0, 2**64), size=st.integers(0, 2**64))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_only_ranges_inside_the_region_are_lent(offset, size):
     landing = Landing(8 * MIB, 1)
     region, descriptor = landing.create(2 * MIB)
