@@ -28,7 +28,42 @@ from hga_kvd.errors import InvalidRequest
 from hga_kvd.lane import Lane, LaneBroken, Request
 from hga_kvd.refusals import refusal
 
+# A look gives the core away, and has it back within 1 us if nobody wants it.
+CROWDED_S = 10e-6
+# Waits in a row that sleep at once, at most, before one looks again whether the core is free.
+RESTS_MAX = 64
+
 _NAMES = {layout.FETCH: "Fetch", layout.APPEND: "Append", layout.PREFETCH: "Prefetch"}
+
+
+class Patience:
+    """Whether the next wait looks at the counters for a while, as the client's does (ADR 14), or sleeps at once. Pure.
+
+    It looks after a wait that was quick. Not on a core that others need: a client there computes and then waits behind the
+    looks, as long as it had computed (ADR 35). Who sleeps is woken by the bell, and where a core is free. So after a crowded
+    look one wait sleeps; after the next one, if it is crowded too, two, then four; until a look finds the core free.
+    """
+
+    def __init__(self) -> None:
+        self.quick = False  # whether the last wait ended within SPIN_S
+        self._sleeps, self._next_sleeps = 0, 1
+
+    def looks(self) -> bool:
+        """To be asked once a wait."""
+        if self._sleeps:
+            self._sleeps -= 1
+            return False
+        return self.quick
+
+    def ended(self, wait_s: float, looked: bool) -> None:
+        """looked: the whole time, undisturbed."""
+        self.quick = wait_s < 2 * layout.SPIN_S
+        if looked:
+            self._next_sleeps = 1
+
+    def crowded(self) -> None:
+        self._sleeps = self._next_sleeps
+        self._next_sleeps = min(2 * self._next_sleeps, RESTS_MAX)
 
 
 class Lanes:
@@ -46,7 +81,7 @@ class Lanes:
         weakref.finalize(self, os.close, self._wake)
         # By its edge, never read: no value that a client writes to its bell can make a wait return for ever.
         self._epoll.register(self._wake, select.EPOLLIN | select.EPOLLET)
-        self._quick = False  # whether the leader's last wait ended within SPIN_S
+        self._patience = Patience()  # the leader's
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -115,13 +150,10 @@ class Lanes:
                 self._rouse()
 
     def _find_slow(self) -> tuple[Lane, Request] | None:
-        """Leads. Returns a request that may take long, its lane marked busy; None: this thread is one too many.
-
-        A wait that follows a quick one spins first, and yields, as the client's does (ADR 14).
-        """
-        waits_since = perf_counter()
-        # While others work, a leader that spins takes the interpreter from them: he sleeps, and is roused at their end.
-        spins = self._quick and not any(lane.busy for lane in self._lanes)
+        """Leads. Returns a request that may take long, its lane marked busy; None: this thread is one too many."""
+        patience, waits_since = self._patience, perf_counter()
+        # While others work, a leader that looks takes the interpreter from them: he sleeps, and is roused at their end.
+        looks = patience.looks() and not any(lane.busy for lane in self._lanes)
         while True:
             answered = False
             for lane in self._lanes:
@@ -131,7 +163,7 @@ class Lanes:
                     self._close(lane)
                 elif lane.posted_word[0] != lane.served:
                     if not answered:
-                        self._quick = perf_counter() - waits_since < 2 * layout.SPIN_S
+                        patience.ended(perf_counter() - waits_since, looks)
                     answered = True
                     request = self._take(lane)
                     if request is not None and not self._answer_few(lane, request):
@@ -140,9 +172,12 @@ class Lanes:
             if len(self._threads) > len(self._lanes) and self._leave():
                 return None
             if answered:
-                spins, waits_since = self._quick, perf_counter()
-            elif spins and perf_counter() - waits_since < layout.SPIN_S:
+                looks, waits_since = patience.looks(), perf_counter()
+            elif looks and (now := perf_counter()) - waits_since < layout.SPIN_S:
                 os.sched_yield()
+                if perf_counter() - now > CROWDED_S:
+                    looks = False
+                    patience.crowded()
             else:
                 self._epoll.poll()
 

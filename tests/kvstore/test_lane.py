@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from hga_kvd.engine import Engine
-from hga_kvd.lanes import Lanes
+from hga_kvd.lanes import RESTS_MAX, Lanes, Patience
 from hga_kvd_client.errors import DeadlineExceeded, Unavailable
 from hga_kvd_client.lane import Lane, LaneClosed, Watch
 from hga_kvd_proto import lane as layout
@@ -454,6 +454,37 @@ def test_a_full_ring_a_closed_lane_and_a_dead_daemon(raw):
     with pytest.raises(LaneClosed):
         lane.call(layout.FETCH, b"", 1, timeout_s=5)
     lane.close()
+
+
+def looks_of(patience, waits, crowded):
+    """Which of so many waits look; each ends soon, and on a crowded core as soon as it looked."""
+    found = []
+    for _ in range(waits):
+        looks = patience.looks()
+        found.append(looks)
+        if looks and crowded:
+            patience.crowded()
+        patience.ended(20e-6, looks and not crowded)
+    return found
+
+
+def test_on_a_crowded_core_the_leader_looks_ever_more_rarely():
+    patience = Patience()
+    assert looks_of(patience, 4, crowded=False) == [False, True, True, True]
+    assert looks_of(patience, 12, crowded=True) == [n in (0, 2, 5, 10) for n in range(12)]
+    assert sum(looks_of(patience, 1000, crowded=True)) <= 5 + 1000 // RESTS_MAX
+    free = looks_of(patience, RESTS_MAX + 20, crowded=False)
+    assert all(free[free.index(True) :])  # as soon as it finds the core free
+    assert sum(free) >= 20
+    assert looks_of(patience, 3, crowded=True) == [True, False, True]
+
+
+def test_after_a_slow_wait_the_leader_sleeps_at_once():
+    patience = Patience()
+    patience.ended(20e-6, False)
+    assert patience.looks()
+    patience.ended(1.0, False)
+    assert not patience.looks()
 
 
 def test_a_slow_wait_does_not_spin_again():
