@@ -1,7 +1,7 @@
-"""Anonymous memory as numpy arrays, for buffers that disks read into.
+"""Memory as numpy arrays, for buffers that disks read into.
 
-A buffer is zero, page-aligned, private to this process, and lives as long as any view of it: the array's base is the
-mapping, so nobody frees it by hand.
+A buffer is zero, page-aligned, and lives as long as any view of it: the array's base is the mapping, so nobody frees it by
+hand. It is private to this process, or one file's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 HUGE_PAGE_BYTES = 2 << 20
+
+_MAP_FIXED = 16
+_MADV_COLLAPSE = 25  # Linux 6.1
+_HOLES: list[mmap.mmap] = []  # never unmapped: what was refused in their middle left a place that others may have now
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def aligned_buffer(size: int, huge: bool = False) -> npt.NDArray[np.uint8]:
@@ -32,6 +41,29 @@ def aligned_buffer(size: int, huge: bool = False) -> npt.NDArray[np.uint8]:
     return whole[start : start + size]
 
 
+def file_buffer(descriptor: int, size: int) -> tuple[npt.NDArray[np.uint8], bool]:
+    """The first `size` bytes of a memory file, 2 MiB-aligned and shared with it, all of them allocated; whether they lie
+    in huge pages. size: whole huge pages of an empty file.
+
+    Where the host has set none aside, the kernel makes them of ordinary memory, for anybody who asks: one page of each
+    2 MiB is taken, and the rest is put there with it. (64 MiB: 100 ms, and 50 in plain pages.) Raises: OSError.
+    """
+    for at in range(0, size, HUGE_PAGE_BYTES):
+        os.posix_fallocate(descriptor, at, 1)
+    mapping = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = np.frombuffer(mapping, np.uint8)
+    start = -address_of(whole) % HUGE_PAGE_BYTES
+    buffer = whole[start : start + size]
+    # The file takes the place of the anonymous pages, and goes with them when the mapping does.
+    shared = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+    if _libc.mmap(address_of(buffer), size, *shared, descriptor, 0) != address_of(buffer):
+        _HOLES.append(mapping)
+        raise OSError(ctypes.get_errno(), "a memory file cannot be mapped")
+    huge = not _libc.madvise(address_of(buffer), size, _MADV_COLLAPSE)
+    os.posix_fallocate(descriptor, 0, size)
+    return buffer, huge
+
+
 def address_of(array: npt.NDArray[Any]) -> int:
     """Where the array's first byte lies. (`array.ctypes.data` says the same in five times the time.)"""
     address: int = array.__array_interface__["data"][0]
@@ -42,7 +74,7 @@ def give_back_freed() -> None:
     """Gives what was freed back to the system. Worth its milliseconds after a start: the tables that the index was made
     of took as much as it does, and the allocator would keep them for ever. Only glibc can."""
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc.malloc_trim(0)
 
 
 def _advise_huge(mapping: mmap.mmap) -> None:

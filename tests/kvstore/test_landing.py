@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hga_kvd import handover as handover_module
+from hga_kvd import memory
 from hga_kvd.errors import InvalidRequest, LimitExceeded
 from hga_kvd.handover import STRANGERS_MAX, Handover
 from hga_kvd.landing import Landing, NotAttached
@@ -47,6 +48,26 @@ def test_a_region_is_whole_and_sealed(landing):
         with mmap.mmap(descriptor, 4 * MIB) as theirs, landing.borrow(region.client_id, 4096, 3) as ours:
             ours[:] = (1, 2, 3)
             assert theirs[4096:4099] == b"\1\2\3"
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_huge_pages_are_made_of_ordinary_memory_where_the_kernel_can(monkeypatch, can):
+    if not can:
+        monkeypatch.setattr(memory, "_MADV_COLLAPSE", 4096)  # as to a kernel before 6.1
+    with open(os.memfd_create("collapsed"), "rb+", buffering=0) as file:
+        file.truncate(4 * MIB)
+        buffer, huge = memory.file_buffer(file.fileno(), 4 * MIB)
+        assert not memory.address_of(buffer) % memory.HUGE_PAGE_BYTES
+        assert os.fstat(file.fileno()).st_blocks * 512 == 4 * MIB  # allocated, not promised
+        _, _, tail = Path("/proc/self/smaps").read_text().partition("memfd:collapsed")
+        in_huge = next(int(line.split()[1]) for line in tail.splitlines() if line.startswith("ShmemPmdMapped:"))
+        assert in_huge == (4096 if huge else 0)
+        assert not huge or can
+        buffer[3 * MIB] = 7
+        assert os.pread(file.fileno(), 2, 3 * MIB) == b"\7\0"
+    assert mapped("memfd:collapsed") == 1
+    del buffer
+    assert mapped("memfd:collapsed") == 0
 
 
 @pytest.mark.parametrize(
