@@ -90,7 +90,10 @@ def daemon(
     stop = _stop_at_signals()
     try:
         settings = config.load({name: value for name, value in given.items() if value is not None}, config_file)
-        code = _run(settings, make_log(settings.log_level, _unbuffered_stderr()), stop)
+        log = make_log(settings.log_level, _unbuffered_stderr())
+        for name in config.unknown_variables():
+            log.warning("no such setting: docs/configuration.md lists all", variable=name)
+        code = _run(settings, log, stop)
     except StartRefused as error:
         print(f"hga-kvd: {error}", file=sys.stderr)
         code = 2
@@ -193,8 +196,10 @@ def _serve(
     )
     metrics.watch_turns(service.calls.turns.waiting)
     with ExitStack() as stack:  # ends in reverse: first the calls, last the metrics
+        scraped = None
         if settings.metrics:
-            stack.callback(metrics.serve(settings.metrics))
+            scraped, end = metrics.serve(settings.metrics)
+            stack.callback(end)
         if handover is not None:
             watcher = threading.Thread(target=service.watch_clients, args=(handover,), name="handover")
             watcher.start()
@@ -216,7 +221,7 @@ def _serve(
             nvme_bytes=stats.nvme_bytes_max,
             io_engine=stats.io_engine,
             sessions=stats.sessions,
-            metrics=settings.metrics,
+            metrics=scraped,
             pid=os.getpid(),
         )
         for target in server.targets:

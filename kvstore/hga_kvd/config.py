@@ -150,6 +150,12 @@ class Settings(BaseSettings):
         return next((Path(t.removeprefix("unix:")) for t in self.listen if t.startswith("unix:")), None)
 
 
+def unknown_variables() -> list[str]:
+    """Of the environment: what looks like a setting, and is none. Clients and commands know two more."""
+    known = {f"HGA_KVD_{name.upper()}" for name in Settings.model_fields} | {"HGA_KVD_CONFIG", "HGA_KVD_TARGET"}
+    return sorted(name for name in os.environ if name.upper().startswith("HGA_KVD_") and name.upper() not in known)
+
+
 class _FileSource(PydanticBaseSettingsSource):
     """The settings of a TOML file that was already read: weaker than all other sources."""
 
@@ -205,5 +211,6 @@ def load(command_line: Mapping[str, Any], config: Path | None = None) -> Setting
         if first["type"] == "extra_forbidden":
             raise StartRefused(f"{source}: there is no such setting; docs/configuration.md lists all") from error
         message = first["msg"].removeprefix("Value error, ")
-        shown = "" if message.startswith(repr(first["input"])) else f" (it is {first['input']!r})"
+        given = first["input"]
+        shown = "" if isinstance(given, tuple) or message.startswith(repr(given)) else f" (it is {given!r})"
         raise StartRefused(f"{source}: {message}{shown}") from error

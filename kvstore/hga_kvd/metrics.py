@@ -101,8 +101,9 @@ class Metrics:
     def observe_wait(self, size: str, seconds: float) -> None:
         self._wait_seconds.labels(size).observe(seconds)
 
-    def serve(self, address: str) -> Callable[[], None]:
-        """Answers HTTP on HOST:PORT from a thread of its own; returns what ends it. Raises StartRefused."""
+    def serve(self, address: str) -> tuple[str, Callable[[], None]]:
+        """Answers HTTP on HOST:PORT from a thread of its own. Returns the address, with the port that port 0 became, and
+        what ends it. Raises StartRefused."""
         host, _, port = address.rpartition(":")
         try:
             server, thread = start_http_server(int(port), host.strip("[]"), self.registry)
@@ -114,4 +115,4 @@ class Metrics:
             server.server_close()
             thread.join()
 
-        return stop
+        return f"{host}:{server.server_port}", stop

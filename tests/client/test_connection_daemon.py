@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import time
 
 import numpy as np
@@ -35,12 +34,6 @@ def connected(target, **options):
         connection.disconnect()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 # Every transport there is: the fast lane, gRPC with payload in shared memory, and as bytes over unix socket and TCP.
 TRANSPORTS = {"lane": "auto", "shared": "shared", "bytes": "bytes", "tcp": "auto"}
 every_way = pytest.mark.parametrize("way", TRANSPORTS)
@@ -49,7 +42,7 @@ every_way = pytest.mark.parametrize("way", TRANSPORTS)
 @contextlib.contextmanager
 def connected_by(way, running, **options):
     """A connection to a daemon of `listening`, by this transport and no other. Its sessions are gone at the end."""
-    target = running.options[-1] if way == "tcp" else running.target
+    target = running.events("ready")[-1]["targets"][1] if way == "tcp" else running.target
     with connected(target, transport=TRANSPORTS[way], **options) as connection:
         assert connection.transport == ("bytes" if way == "tcp" else way)
         yield connection
@@ -64,7 +57,7 @@ def listening(module_daemon):
     @functools.cache
     def start(*options, nvme=True, **environment):
         named = {f"HGA_KVD_{name.upper()}": value for name, value in environment.items()}
-        return module_daemon(*options, "--listen", f"127.0.0.1:{free_port()}", nvme=nvme, environment=named)
+        return module_daemon(*options, "--listen", "127.0.0.1:0", nvme=nvme, environment=named)
 
     return start
 

@@ -254,6 +254,8 @@ def test_a_running_daemon_is_measured_and_left_as_it_was(daemon, tmp_path):
     [
         (("nonsense",), "there is no profile 'nonsense'; there are decode"),
         (("--arena", "0%"), "--arena"),
+        (("--arena", "much"), "--arena"),
+        (("--depths", "1,x"), "--depths"),
         (("--trace", "/nowhere.npz"), "/nowhere.npz"),
         (("--size", "many"), "'many' is not a size"),
     ],

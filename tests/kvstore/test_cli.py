@@ -189,19 +189,21 @@ def test_stat_without_a_daemon(short):
     done = run("stat", "--target", f"{short}/k.sock")
     assert done.returncode == 1
     assert done.stderr.startswith(f"hga-kvd: no answer from unix:{short}/k.sock")
+    assert f"`hga-kvd --listen unix:{short}/k.sock`" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     refused(run("stat", "--target", "nowhere"), "option --target: 'nowhere' is not an address")
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def test_a_variable_that_is_no_setting_is_named(daemon):
+    running = daemon(nvme=False, environment={"HGA_KVD_NVMEMAX": "1GiB", "HGA_KVD_TARGET": "unix:/nowhere"})
+    assert [event["variable"] for event in running.events("no such setting: docs/configuration.md lists all")] == [
+        "HGA_KVD_NVMEMAX"
+    ]
 
 
 def test_metrics(daemon):
-    address = f"127.0.0.1:{free_port()}"
-    running = daemon("--metrics", address, nvme=False)
+    running = daemon("--metrics", "127.0.0.1:0", nvme=False)
+    address = running.events("ready")[0]["metrics"]
     stub = running.stub()
     append(stub, open_session(stub, "s").session_id, payload_of(1))
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:

@@ -97,8 +97,13 @@ def test_a_sound_store(store):
     assert files(store) == before
 
 
-def test_an_empty_directory_is_sound(tmp_path):
-    assert command("verify", tmp_path).exit_code == 0
+@pytest.mark.parametrize("name", ["verify", "dump"])
+def test_a_directory_that_is_no_store_is_refused_and_left_alone(name, tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    done = command(name, tmp_path)
+    assert done.exit_code == 2
+    assert "holds no store" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_a_bad_record_is_named_in_every_session_that_has_it(store):

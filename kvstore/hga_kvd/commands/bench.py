@@ -56,7 +56,7 @@ def bench(
             trace_name=trace.name if trace else "synthetic",
             size=config.parse_size(size),
             reads=tuple(config.parse_size(text) for text in reads.split(",")),
-            depths=tuple(int(text) for text in depths.split(",")),
+            depths=_counts(depths),
             repeats=repeats,
             seconds=seconds,
             arena=_share(arena),
@@ -85,9 +85,19 @@ def _known(names: list[str], profiles: list[str]) -> list[str]:
     return names
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    counts = text.split(",")
+    if not all(count.strip().isdecimal() and int(count) for count in counts):
+        raise ValueError(f"option --depths: {text!r} is not a list of counts; write 1,8,32")
+    return tuple(map(int, counts))
+
+
 def _share(text: str) -> float:
     """`10%` or `0.1`."""
-    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= 1:
         raise ValueError(f"option --arena: {text!r} is not a share; write a percentage from 1% to 100%")
     return value

@@ -35,7 +35,12 @@ def daemon_at(target: str | None) -> Iterator[tuple[str, kvd_pb2_grpc.KvdStub]]:
             yield address, kvd_pb2_grpc.KvdStub(channel)  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
             unreachable = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            said = f"no answer from {address}: {error.details()}" if unreachable else error.details()
+            said = (
+                f"no answer from {address}: start a daemon with `hga-kvd --listen {address}`, or name another with "
+                f"--target ({error.details()})"
+                if unreachable
+                else error.details()
+            )
             print(f"hga-kvd: {said}", file=sys.stderr)
             raise typer.Exit(1) from None
 

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from hga_kvd_proto.v1 import kvd_pb2
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hga_kvd.commands import units
 from hga_kvd.commands.remote import CALL_TIMEOUT_S, AsJson, Target, all_sessions, daemon_at
 from hga_kvd.commands.units import size
 from hga_kvd.geometry import Geometry
@@ -41,7 +41,7 @@ def _plain(message: Any) -> dict[str, Any]:
 
 
 def _show(address: str, stats: kvd_pb2.StatResponse, sessions: list[kvd_pb2.SessionInfo]) -> None:
-    console = Console()
+    console = units.console()
     up = int(stats.uptime_s)
     facts = Table(show_header=False, box=None, title=f"hga-kvd {stats.version} at {address}", title_justify="left")
     for name, value in (

@@ -112,7 +112,11 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (Failed, BadArchive, OSError) as error:
-        said = f"the file is damaged or not an archive: {error}" if isinstance(error, BadArchive) else error
+        said = str(error)
+        if isinstance(error, BadArchive):
+            said = f"the file is damaged or not an archive: {error}"
+        elif isinstance(error, OSError) and error.filename is not None:
+            said = f"{error.filename}: {error.strerror}"
         print(f"hga-kvd: {said}", file=sys.stderr)
         raise typer.Exit(1) from None
 

@@ -1,6 +1,19 @@
-"""How commands write sizes for people."""
+"""How commands write sizes and tables for people."""
 
 from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+
+# Where there is no terminal: a table of sessions fits.
+COLUMNS = 140
+
+
+def console() -> Console:
+    """For standard output, as wide as the terminal."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else COLUMNS)
 
 
 def size(count: int) -> str:

@@ -13,6 +13,7 @@ from hga_kvd_proto.v1 import kvd_pb2
 from rich.console import Console
 from rich.table import Table
 
+from hga_kvd.commands import units
 from hga_kvd.commands.remote import AsJson, Target, all_sessions, daemon_at
 from hga_kvd.commands.store import store_at
 from hga_kvd.commands.units import size
@@ -113,7 +114,7 @@ def _of_directory(directory: Path, make_repair: bool) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     for line in (*report.get("repaired", ()), *report.get("faults", ())):
         print(line)
-    console = Console()
+    console = units.console()
     segments = report.get("segments", ())
     if segments:
         table = Table(title=f"{len(segments)} segments", title_justify="left")
