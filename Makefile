@@ -7,6 +7,12 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 TEXT ?=
 
+# Test files beside each other, at most four: each may start a daemon and load torch. One at a time: make test JOBS=1.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# Compiled modules are kept, whatever the environment says: the tests start a hundred daemons.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE \
+  $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
 SCHEDULES_S ?= 600
 KILLS ?= 50
 CHURN_S ?= 600
@@ -42,7 +48,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup model
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # The real weights, for the demo and the tests that need them. Without a network these are skipped, with the reason.
 model: setup
@@ -51,6 +57,7 @@ model: setup
 # What CI shows, for much longer: docs/testing.md.
 soak: setup mutants
 	$(BIN)/python -m hga_kvd.testing.soak --seconds $(SCHEDULES_S)
+	HGA_KVD_SOAK_CHANCE=1 $(PYTEST) tests/client tests/kvstore
 	HGA_KVD_SOAK_KILLS=$(KILLS) HGA_KVD_SOAK_CHURN_S=$(CHURN_S) $(BIN)/python -m pytest -q -s --timeout 3600 \
 	  tests/kvstore/test_kill.py tests/kvstore/test_memory.py
 

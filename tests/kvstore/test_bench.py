@@ -15,6 +15,7 @@ from hga_kvd.bench.decode import merged_reads
 from hga_kvd.bench.meter import Case, Sample, limit
 from hga_kvd.bench.trace import TraceInvalid, bank_misses, read_trace, synthetic_trace
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
+from wire import command
 
 GEOMETRY = Geometry(layers=3, kv_heads=2, head_dim=64, dtype="bfloat16")
 
@@ -261,8 +262,8 @@ def test_a_running_daemon_is_measured_and_left_as_it_was(daemon, tmp_path):
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments, said):
-    done = run(*arguments)
-    assert done.returncode == 2
+    done = command("bench", *arguments)
+    assert done.exit_code == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

@@ -18,7 +18,7 @@ from hga_kvd_client import errors
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry
 
-CHURN_S = float(os.environ.get("HGA_KVD_SOAK_CHURN_S", "20"))
+CHURN_S = float(os.environ.get("HGA_KVD_SOAK_CHURN_S", "8"))
 MIB = 1 << 20
 RAM_BYTES = 64 * MIB
 BESIDE_BYTES = 200 * MIB
@@ -84,18 +84,18 @@ def test_memory_stays_within_its_bound(daemon: Daemons) -> None:
     connection = Connection(running.target, region_bytes=8 * MIB)
     churn = Churn(connection)
     samples: list[int] = []
-    end = time.monotonic() + CHURN_S
-    while time.monotonic() < end:
+    end, appended = time.monotonic() + CHURN_S, 0
+    while time.monotonic() < end or appended < 3 * RAM_BYTES:
         for _ in range(20):
             churn.step()
         stat = connection.stat()
+        appended = stat.appended_bytes
         index_bytes = INDEX_BYTES_PER_EXTENT * (stat.nvme_bytes_used + RAM_BYTES) // EXTENT_BYTES
         samples.append(resident_bytes(running.pid))
         bound = RAM_BYTES + BESIDE_BYTES + index_bytes
         assert samples[-1] <= bound, f"{samples[-1] >> 20} MiB are resident, {bound >> 20} are allowed"
     connection.disconnect()
     assert churn.made > SESSIONS
-    assert stat.appended_bytes > 2 * RAM_BYTES
     result = {
         "churn_s": CHURN_S,
         "resident_mib_first_tenth": max(samples[: len(samples) // 10 + 1]) >> 20,
@@ -103,6 +103,6 @@ def test_memory_stays_within_its_bound(daemon: Daemons) -> None:
         "resident_mib_max": max(samples) >> 20,
         "bound_mib": bound >> 20,
         "sessions": churn.made,
-        "appended_gib": round(stat.appended_bytes / 2**30, 2),
+        "appended_gib": round(appended / 2**30, 2),
     }
     print(json.dumps(result))

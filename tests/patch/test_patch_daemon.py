@@ -316,7 +316,7 @@ def in_a_new_process(target: str, family: str, tokens: int, options: dict[str, o
         input=json.dumps([target, family, tokens, options, ids]),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
