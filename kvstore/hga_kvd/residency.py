@@ -29,6 +29,9 @@ I64 = npt.NDArray[np.int64]
 # Evicted at once while a few slots are wanted, at most one in EVICTED_SHARE: an eviction costs 0.1 ms, whatever its size.
 EVICTED_AT_ONCE, EVICTED_SHARE = 64, 32
 
+# Slots that are free when no call needs them yet, at most one in so many.
+AHEAD_SHARE = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Pool:
@@ -152,6 +155,15 @@ class Residency:
             self._take_pages(slots, count)
         return min(count, slots.free_count)
 
+    def make_room_ahead(self, pool: Pool, count: int) -> None:
+        """Evicts, as far as a share of the slots goes, until `count` are free: a call that waits for its reads does so for
+        the next one like it."""
+        slots = pool.slots
+        self.arena.grow(slots, count)
+        short = min(count, slots.held_count // AHEAD_SHARE) - slots.free_count
+        if short > 0:
+            self._evict(slots, pool.policy.evict(short, slots.pins))
+
     def _take_pages(self, slots: SlotClass, count: int) -> None:
         """Takes pages from other classes by evicting what is clean in them."""
         wanted = -(-(count - slots.free_count) // slots.slots_per_page)
@@ -201,8 +213,9 @@ class Residency:
 
     # --- reads from disk ---
 
-    def claim_for_reads(self, pool: Pool, rows: I64, layers: I64, records: I64) -> tuple[I64, I64]:
-        """Slots for records that a call is about to read, no record twice: (slot to fill or 0 for each, slots pinned).
+    def claim_for_reads(self, pool: Pool, rows: I64, layers: I64, records: I64) -> tuple[I64, I64, int]:
+        """Slots for records that a call is about to read, no record twice: (slot to fill or 0 for each, slots pinned, how
+        many of them were free).
 
         Extents that get no slot are read all the same, and not kept. End with `end_reads`.
         """
@@ -224,7 +237,7 @@ class Residency:
         target[slots.state[target, records] != EMPTY] = 0  # BAD: that place is never filled again
         filled = target != 0
         slots.state[target[filled], records[filled]] = FILLING
-        return target, pinned
+        return target, pinned, count
 
     def end_reads(self, pool: Pool, slots: I64, records: I64, keep: npt.NDArray[np.bool_] | None, pinned: I64) -> None:
         """keep: which of the records lie verified in their slot; None: none of them."""

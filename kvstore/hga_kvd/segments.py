@@ -254,12 +254,12 @@ class SegmentLog:
 
     def pin(self, segment_of: I64) -> tuple[tuple[Segment, ...], I64]:
         """These segments, none of which is removed before `unpin`, and the handle of each item's."""
-        ids = segment_of.tolist()
-        segments = {segment_id: self.segments[segment_id] for segment_id in set(ids)}
-        for segment in segments.values():
+        ids = sorted({*segment_of.tolist()})
+        segments = tuple(self.segments[segment_id] for segment_id in ids)
+        for segment in segments:
             segment.pins += 1
-        handles = np.array([segments[segment_id].handle for segment_id in ids], np.int64)
-        return tuple(segments.values()), handles
+        handles = np.array([segment.handle for segment in segments], np.int64)
+        return segments, handles[np.searchsorted(np.array(ids, np.int64), segment_of)]
 
     def unpin(self, segments: tuple[Segment, ...]) -> None:
         for segment in segments:

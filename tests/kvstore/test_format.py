@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hga_kvd import format as fmt
-from hga_kvd.checksum import checksum, checksums, mix, record_seeds, summary_seeds
+from hga_kvd.checksum import checksum, checksums, mix, place_codes, record_seeds, summary_seeds
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.geometry import KEY_DTYPE, Geometry
@@ -105,6 +105,7 @@ def test_mix_is_splitmix64() -> None:
 def test_seeds_name_the_place() -> None:
     seeds = record_seeds(np.arange(20)[:, None, None], np.arange(20)[:, None], np.arange(20))
     assert len(np.unique(seeds)) == 8000
+    assert (mix(np.arange(20, dtype=np.uint64)[:, None, None] ^ place_codes(20, 20)) == seeds).all()
     assert len(np.unique([summary_seeds(c, k)[0] for k in "ab" for c in range(25)])) == 50
     data = bytes(range(100))
     one, two = checksums(memoryview(data), np.array([0, 0]), 50, seeds[0, 0, :2]).tolist()
