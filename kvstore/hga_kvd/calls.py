@@ -21,12 +21,16 @@ from hga_kvd.geometry import KEY_DTYPE, Keys
 from hga_kvd.hits import FEW_KEYS
 from hga_kvd.landing import Landing
 from hga_kvd.refusals import GivenUp
-from hga_kvd.turns import Turns
+from hga_kvd.turns import SMALL_BYTES, Turns
 
 U8 = npt.NDArray[np.uint8]
 
 # What a fetch moves in one turn: 2.6 ms of a disk of 1.6 GB/s. A burst of 128 x 32 KiB is one part.
 PART_BYTES = 4 << 20
+# So much while another client makes small fetches, that is for so long after one. A part is planned in one turn of the
+# index's lock and given to the device as a whole, and both are waited for (ADR 35).
+PART_BESIDE_SMALL_BYTES = 1 << 20
+BESIDE_SMALL_S = 0.1
 
 
 class Range(NamedTuple):
@@ -51,6 +55,7 @@ class Calls:
         self.settings = settings
         self.observe_fetch = observe_fetch
         self.turns = Turns(settings.waiting_calls_max, observe_wait)
+        self._small: tuple[Hashable, float] = (None, -BESIDE_SMALL_S)  # whose small fetch came last, and when
         self._few_bytes = KEY_DTYPE.itemsize * min(FEW_KEYS, settings.fetch_keys_max)
 
     def fetch(
@@ -87,24 +92,32 @@ class Calls:
         start: float,
         end: float | None,
     ) -> Fetched:
-        """A fetch in parts of PART_BYTES, each in its turn. start, end: perf_counter, when it began and what it has until.
+        """A fetch in parts, each in its turn. start, end: perf_counter, when it began and what it has until.
 
         Raises: as fetch.
         """
         tenant, record_bytes = self.engine.tenant(session_id), len(destination) // len(keys)
-        step = max(1, PART_BYTES // record_bytes)
+        if len(destination) <= SMALL_BYTES:
+            self._small = client, start
         overdue = None if end is None else lambda: time.perf_counter() >= end
-        parts = []
-        for first in range(0, len(keys), step):
-            part = keys[first : first + step]
+        parts: list[tuple[int, Fetched]] = []
+        first = 0
+        while first < len(keys):
+            part = keys[first : first + max(1, self._part_bytes(client) // record_bytes)]
             into = destination[first * record_bytes : (first + len(part)) * record_bytes]
             with self.turns.turn(tenant, client, len(into), end):
                 if not wanted():
                     raise GivenUp
-                parts.append(self.engine.fetch(session_id, part, into, epoch, overdue))
+                parts.append((len(part), self.engine.fetch(session_id, part, into, epoch, overdue)))
+            first += len(part)
         if self.observe_fetch is not None:
             self.observe_fetch(time.perf_counter() - start)
-        return parts[0] if len(parts) == 1 else _as_one(parts, len(keys), step)
+        return parts[0][1] if len(parts) == 1 else _as_one(parts)
+
+    def _part_bytes(self, client: Hashable) -> int:
+        small_client, small_at = self._small
+        alone = small_client == client or time.perf_counter() - small_at > BESIDE_SMALL_S
+        return PART_BYTES if alone else PART_BESIDE_SMALL_BYTES
 
     def fetch_few(self, session_id: int, packed_keys: bytes, shared: Range, epoch: int) -> int:
         """A few records into the client's region, if RAM has all of them: how many. 0: nothing was done, `fetch` will say
@@ -112,6 +125,7 @@ class Calls:
         if len(packed_keys) > self._few_bytes:
             return 0
         start = time.perf_counter()
+        self._small = shared.client_id, start
         with self.landing.lock:
             memory = self.landing.unlent(*shared)
             count = 0 if memory is None else self.engine.fetch_few(session_id, packed_keys, memory, epoch)
@@ -203,12 +217,10 @@ class Calls:
             return self.engine.append(session_id, first_chunk, chunk_count, payload, token_ids, epoch)
 
 
-def _as_one(parts: list[Fetched], count: int, step: int) -> Fetched:
-    """The answer of a fetch of `count` keys whose parts had `step` keys each."""
+def _as_one(parts: list[tuple[int, Fetched]]) -> Fetched:
+    """The answer of a fetch in parts, each with the count of its keys."""
     statuses = None
-    if any(part.statuses is not None for part in parts):
-        statuses = np.zeros(count, np.uint8)
-        for number, part in enumerate(parts):
-            if part.statuses is not None:
-                statuses[number * step :][: len(part.statuses)] = part.statuses
-    return Fetched(statuses, sum(part.ram_records for part in parts), sum(part.nvme_records for part in parts))
+    if any(part.statuses is not None for _, part in parts):
+        each = [np.zeros(count, np.uint8) if part.statuses is None else part.statuses for count, part in parts]
+        statuses = np.concatenate(each)
+    return Fetched(statuses, sum(part.ram_records for _, part in parts), sum(part.nvme_records for _, part in parts))

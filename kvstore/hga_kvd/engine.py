@@ -285,8 +285,8 @@ class Engine:
         return "" if session is None else session.tenant
 
     def record_bytes(self, session_id: int) -> int:
-        with self._lock:
-            return self._residency.session(session_id).table.geometry.record_bytes
+        """Raises: SessionNotFound. Without the lock, which a plan may hold for a millisecond."""
+        return self._residency.session(session_id).table.geometry.record_bytes
 
     def _info(self, session: Session, *, created: bool = False, token_ids: bytes = b"") -> SessionInfo:
         durable = self._writeout is not None and session.session_id in self._writeout.named

@@ -12,7 +12,7 @@ from hga_kvd.turns import FairQueue, Turns
 from hga_kvd_client.connection import Connection
 from hga_kvd_proto.v1 import kvd_pb2
 from test_service import CODE, Running
-from wire import all_keys, append, open_session, payload_of, refused, wait_for
+from wire import GEOMETRY, all_keys, append, open_session, payload_of, refused, wait_for
 
 SMALL, LARGE = turns.SMALL_BYTES, turns.SMALL_BYTES + 1
 
@@ -254,6 +254,32 @@ def test_a_fetch_in_parts_is_the_same_as_in_one(kvd, monkeypatch):
     assert kvd.stub.Fetch(request) == in_parts
     assert parts[-1] == len(keys)
     assert in_parts.ram_records == len(keys)
+
+
+def test_a_large_fetch_is_in_small_parts_beside_small_fetches_of_another(kvd, monkeypatch):
+    monkeypatch.setattr("hga_kvd.calls.PART_BESIDE_SMALL_BYTES", 20_000)
+    monkeypatch.setattr("hga_kvd.calls.BESIDE_SMALL_S", 60)
+    session_id = open_session(kvd.stub).session_id
+    append(kvd.stub, session_id, payload_of(3))
+    keys = np.tile(np.random.default_rng(0).permutation(all_keys(3)), 8)
+    large = kvd_pb2.FetchRequest(session_id=session_id, keys=keys.tobytes())
+    small = kvd_pb2.FetchRequest(session_id=session_id, keys=keys[:4].tobytes())
+    sizes, fetch = [], kvd.engine.fetch
+
+    def notes(session, part, *arguments):
+        sizes.append(len(part))
+        return fetch(session, part, *arguments)
+
+    monkeypatch.setattr(kvd.engine, "fetch", notes)
+    alone = kvd.stub.Fetch(large)
+    kvd.stub.Fetch(small)  # its own small fetches are no reason
+    assert kvd.stub.Fetch(large) == alone
+    assert sizes == [len(keys), 4, len(keys)]
+    kvd.tcp_stub.Fetch(small)
+    sizes.clear()
+    assert kvd.stub.Fetch(large) == alone
+    assert sum(sizes) == len(keys)
+    assert max(sizes) == 20_000 // GEOMETRY.record_bytes
 
 
 def test_clients_of_one_socket_have_a_share_each():
