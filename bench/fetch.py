@@ -5,9 +5,15 @@ round, medians over rounds are printed, with the lowest and highest. Bytes are c
 (dim 128, bfloat16); `32 KiB` is 4 neighbouring groups of one KV head. The arena of the disk cases holds a sixteenth of the
 data, so nearly all comes from disk.
 
-fio reads the store's own segments, by io_uring with O_DIRECT, the same size and depth, once into huge pages and once into
-its heap of 4 KiB pages; all of them, as a part that is read often may be faster. The client's landing has huge pages where
-the host set some aside; which it had is in the result.
+What is compared reads the same bytes in the same state, in short slices next to each other in time: the ratios are of
+neighbours. All segments are read once before the first round: a host that caches gives what was read before up to four times
+faster, and a bench that reads more and more of them would see its own progress. fio reads the store's own segments at
+random places, by io_uring with O_DIRECT, with the daemon's depth, and streams; a fetch asks for 128 reads, and its client
+asks for nothing until it has them all. `that asks in batches too` is fio told to do the same: 128 at once, and nothing new
+before the last is there. Several clients, each with a fetch of 128 reads under way, stand beside fio with as many in flight.
+
+fio's memory is of huge pages, and once its heap of 4 KiB pages. The client's landing has huge pages where the host set some
+aside; which it had is in the result.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +44,7 @@ from hga_kvd_client.geometry import KEY_DTYPE, Geometry
 from hga_kvd_client.lane import Watch
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
-from raw_io import ALIGNMENT, disk_speed, fio_read
+from raw_io import ALIGNMENT, FIO, disk_speed, fio_read
 from rich.console import Console
 from rich.table import Table
 
@@ -45,10 +52,10 @@ GEOMETRY = Geometry(layers=8, kv_heads=4, head_dim=128, dtype="bfloat16", model_
 RECORD = GEOMETRY.record_bytes
 READS = 128
 SMALL = 8
-FIO = (
-    "fio --name=job --filename='{file}' --size={total} --bs={size} --rw={how} --direct=1 --ioengine=io_uring "
-    "--iodepth={depth} --norandommap --randrepeat=0 --time_based --runtime={ms}ms --output-format=json"
-)
+RANDOM_FILES = " --file_service_type=random"
+IN_BATCHES = " --iodepth_batch_submit={depth} --iodepth_batch_complete_min={depth} --iodepth_low=1"
+SLICES = 3  # of a round: fio and we in turns
+CLIENTS = (2, 4)
 BUILD = results.ROOT / "build"
 Values = dict[str, list[float]]
 
@@ -224,34 +231,69 @@ def from_disk(
 ) -> None:
     """One round of the disk cases. `alone`: batches of as many reads by the daemon's I/O engine, and nothing else."""
     disk = FileDisk(segments[0].parent, UringEngine(depth), ALIGNMENT)
-    for groups in (4, 1):
+    for part, groups in product(range(SLICES), (4, 1)):
         size = groups * RECORD
-        of_fio = {}
-        for kind in ("huge", "plain"):
-            files, total = ":".join(map(str, segments)), sum(s.stat().st_size for s in segments)
-            job = FIO.format(file=files, total=total, size=size, how="randread", depth=depth, ms=700)
-            read = fio_read(job, depth * size, kind)
-            if read is not None:
-                of_fio[kind], cpu = read
-                values.setdefault(f"128 x {size >> 10} KiB NVMe, fio's CPU s/GB, {kind} pages", []).append(cpu)
-        before = cpu_seconds(pid)
-        speed, share = fetch_rounds(connection, session_id, data, rounds, seed, groups)
-        used = cpu_seconds(pid) - before
         name = f"128 x {size >> 10} KiB NVMe"
+        theirs = {"huge pages": of_fio(segments, size, depth, "huge")}
+        before = cpu_seconds(pid)
+        speed, share = fetch_rounds(connection, session_id, data, rounds, 1000 * seed + part, groups)
+        used = cpu_seconds(pid) - before
+        theirs["that asks in batches too"] = of_fio(segments, size, READS, "huge", IN_BATCHES)
+        alone = disk_speed(disk, size, READS, 0.2, "huge", [segment.name for segment in segments])
+        theirs["plain pages"] = of_fio(segments, size, depth, "plain")
         values.setdefault(f"{name}, GB/s", []).append(speed)
         values.setdefault(f"{name}, from disk", []).append(share)
         values.setdefault(f"{name}, daemon CPU s/GB", []).append(used / (rounds * READS * size / 1e9))
-        alone = disk_speed(disk, size, READS, 0.5, "huge", segments[seed % len(segments)].name)
         values.setdefault(f"{name}, over the same reads alone", []).append(speed / alone)
-        for kind, theirs in of_fio.items():
-            values.setdefault(f"{name}, over fio, {kind} pages", []).append(speed / theirs)
+        for kind, found in theirs.items():
+            if found is not None:
+                values.setdefault(f"{name}, over fio, {kind}", []).append(speed / found[0])
+                values.setdefault(f"{name}, fio's CPU s/GB, {kind}", []).append(found[1])
     disk.shutdown()
     chance = np.random.default_rng(seed + 1000)
     times = [fetched(connection, session_id, data, some_keys(chance, len(data), READS, 4))[0] for _ in range(rounds)]
     p50, p99 = np.quantile(times, (0.5, 0.99))
     values.setdefault("128 x 32 KiB NVMe, p99 over p50", []).append(float(p99 / p50))
+    for count in CLIENTS:
+        theirs = of_fio(segments, 4 * RECORD, count * READS, "huge")
+        speed = several(target, len(data), count, seed)
+        values.setdefault(f"{count} clients, 128 x 32 KiB NVMe, GB/s", []).append(speed)
+        if theirs is not None:
+            values.setdefault(f"{count} clients, 128 x 32 KiB NVMe, over fio, huge pages", []).append(speed / theirs[0])
     append_and_flush(connection, segments[0], values)
     fairness(connection, target, session_id, data, values, seed, rounds)
+
+
+def of_fio(segments: list[Path], size: int, depth: int, kind: str, more: str = "") -> tuple[float, float] | None:
+    """GB/s and CPU seconds a GB; None where fio cannot have this memory."""
+    files, total = ":".join(map(str, segments)), sum(segment.stat().st_size for segment in segments)
+    job = (FIO + RANDOM_FILES + more).format(file=files, total=total, size=size, depth=depth, ms=300)
+    return fio_read(job, depth * size, kind)
+
+
+def several(target: str, chunks: int, count: int, seed: int, seconds: float = 0.7) -> float:
+    """GB/s of so many clients, each of which fetches 128 x 32 KiB without a pause."""
+    context = multiprocessing.get_context("spawn")
+    start, ends = context.Barrier(count), [context.Pipe() for _ in range(count)]
+    for number, (_, theirs) in enumerate(ends):
+        arguments = (target, chunks, 10 * seed + number, seconds, start, theirs)
+        context.Process(target=_client, args=arguments, daemon=True).start()
+        theirs.close()  # so that the end of a client that failed is seen
+    return sum(mine.recv() for mine, _ in ends)
+
+
+def _client(target: str, chunks: int, seed: int, seconds: float, start: Any, pipe: Any) -> None:
+    connection = Connection(target)
+    session_id = connection.open("bench", GEOMETRY).session_id
+    chance = np.random.default_rng(seed + 4000)
+    wanted = [some_keys(chance, chunks, READS, 4) for _ in range(64)]
+    start.wait()
+    moved, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        answer = connection.fetch(session_id, wanted[moved % len(wanted)])
+        assert answer.statuses is None
+        moved += 1
+    pipe.send(moved * READS * 4 * RECORD / (time.perf_counter() - began) / 1e9)
 
 
 def append_and_flush(connection: Connection, segment: Path, values: Values) -> None:
@@ -314,6 +356,7 @@ TARGETS = {
     "128 x 32 KiB RAM, lane over memcpy": (0.80, False),
     "128 x 32 KiB NVMe, over fio, huge pages": (0.90, False),
     "128 x 8 KiB NVMe, over fio, huge pages": (0.90, False),
+    "2 clients, 128 x 32 KiB NVMe, over fio, huge pages": (0.90, False),
     "128 x 32 KiB NVMe, daemon CPU s/GB": (0.15, True),
     "128 x 32 KiB NVMe, p99 over p50": (2.5, True),
     "append + flush, over fio": (0.85, False),
@@ -326,7 +369,7 @@ TARGETS = {
 def main(
     chunks: Annotated[int, typer.Option(help="of 1 MiB each")] = 512,
     repeats: Annotated[int, typer.Option(help="rounds of all cases", min=1)] = 5,
-    rounds: Annotated[int, typer.Option(help="fetches of 128 reads a round", min=1)] = 40,
+    rounds: Annotated[int, typer.Option(help="fetches of 128 reads a slice", min=1)] = 20,
     calls: Annotated[int, typer.Option(help="small fetches a round", min=10)] = 2000,
     depth: Annotated[int, typer.Option(help="reads in flight, the daemon's and fio's")] = 64,
 ) -> None:
@@ -347,6 +390,10 @@ def main(
             session_id, data = fill(connection, chunks)
             # All but the last one are full; fio would not read what was only reserved.
             segments = sorted((place / "kv").glob("segment-*"))[: max(1, (chunks >> 8) - 1)]
+            for segment in (place / "kv").glob("segment-*"):
+                subprocess.run(
+                    ["dd", f"if={segment}", "of=/dev/null", "bs=4M", "iflag=direct", "status=none"], check=True
+                )
             for repeat in range(repeats):
                 from_ram(of_ram.target, values, calls)
                 from_disk(connection, target, session_id, data, segments, values, rounds, repeat, depth, pid)

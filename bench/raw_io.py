@@ -82,7 +82,7 @@ def main(
                 job = FIO.format(file=directory / FILE_NAME, total=total, size=size, depth=depth, ms=int(2e3 * seconds))
                 speed = fio_speed(job, depth * size, kind) if fio else None
             else:
-                speed = disk_speed(disks[name], size, batch, seconds, kind)
+                speed = disk_speed(disks[name], size, batch, seconds, kind, [FILE_NAME])
             of_case[name].append(speed if speed is not None else float("nan"))
     for disk in disks.values():
         disk.shutdown()
@@ -118,24 +118,26 @@ def make_disks(directory: Path, names: list[str], depth: int) -> dict[str, FileD
     return disks
 
 
-def disk_speed(disk: FileDisk, size: int, batch: int, seconds: float, kind: str, name: str = FILE_NAME) -> float:
-    """GB/s over `seconds` of calls, without what making up the calls takes."""
-    handle = disk.open(name)
-    places = disk.size(handle) // size
+def disk_speed(disk: FileDisk, size: int, batch: int, seconds: float, kind: str, names: list[str]) -> float:
+    """GB/s over `seconds` of calls to random places of these files, without what making up the calls takes."""
+    opened = np.array([disk.open(name) for name in names], np.int32)
+    places = np.array([disk.size(handle) // size for handle in opened])
     rng = np.random.default_rng()
     buffer = aligned_buffer(batch * size, huge=kind == "huge")
     buffer[:] = 1
     addresses = np.uint64(address_of(buffer)) + np.arange(batch, dtype=np.uint64) * np.uint64(size)
-    handles, lengths = np.full(batch, handle, np.int32), np.full(batch, size, np.int64)
+    lengths = np.full(batch, size, np.int64)
     taken, calls = 0.0, 0
     while taken < seconds:
-        offsets = rng.integers(0, places, batch) * size
+        file = rng.integers(0, len(names), batch)
+        handles, offsets = opened[file], rng.integers(0, places[file]) * size
         start = time.perf_counter()
         statuses = disk.read(handles, offsets, addresses, lengths)
         taken += time.perf_counter() - start
         calls += 1
         assert not statuses.any(), statuses
-    disk.close(handle)
+    for handle in opened:
+        disk.close(handle)
     return calls * batch * size / taken / 1e9
 
 
