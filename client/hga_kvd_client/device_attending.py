@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hga_kvd_client import errors
 from hga_kvd_client.held import Held
+from hga_kvd_client.kernels import SLOTS_MAX
 from hga_kvd_client.stored import StoredSession
 from hga_kvd_client.summaries import Summaries
 
@@ -31,6 +32,7 @@ class DeviceAttending:
 
     def __init__(self, held: Held, stored: StoredSession) -> None:
         self._options, self._device, self._dtype = held.options, held.device, held.dtype
+        self._row_bytes = stored.geometry.record_bytes // (2 * stored.geometry.group_tokens)
         self._window, self._routing, self._stored, self._stats = held.window, held.routing, stored, held.stats
         self.step: DecodeStep | None = None  # made at the first token that it takes
         self._refused = False
@@ -43,15 +45,15 @@ class DeviceAttending:
         return self._device.type in STEP_DEVICES and not self._refused
 
     def takes(self, q: Tensor, first: int, end: int) -> bool:
-        """Whether this token is the device's: on a GPU, with something to route in chunks first .. end-1, and room for
-        what is opened. q: [kv_heads, ratio, head_dim]."""
+        """Whether this token is the device's: on a GPU, with something to route in chunks first .. end-1, room for what is
+        opened, and a bank and records that kernels can move. q: [kv_heads, ratio, head_dim]."""
         if not self.may_take or end <= first:
             return False
         ratio, most = q.shape[1], self._routing.opened_most(q.shape[1])
         window = self._window.capacity
         if self.step is not None and self.step.fits(ratio, most, window):
             return True
-        if not 0 < most <= self._options.bank_groups:
+        if not 0 < most <= self._options.bank_groups <= SLOTS_MAX or self._row_bytes % 8:
             return False
         try:
             from hga_kvd_client.decode_step import DecodeStep  # noqa: PLC0415

@@ -23,6 +23,7 @@ from hga_kvd_client.kernels import (
     MAIL_SOURCE,
     MAIL_V,
     OPENED_SHIFT,
+    SLOTS_MAX,
     STEP,
     STEP_SHIFT,
     WINDOW_TOKENS,
@@ -170,6 +171,26 @@ def test_log_mass_from_packed_sketches(spec, ratio):
     assert (lse[:3] - twin_lse[:3]).abs().nan_to_num().max() < 5e-3
 
 
+def test_log_mass_reaches_records_that_lie_2_gib_away():
+    """Each factor fits in 32 bits, their product does not. The memory between the KV heads is never touched."""
+    spec, kv_heads, chunks = SketchSpec.plain(32), 3, 5
+    far = torch.zeros((2 << 30) + chunks * spec.chunk_bytes, dtype=torch.uint8, device=DEVICE)
+    records = far.as_strided((kv_heads, chunks, spec.chunk_bytes), (1 << 30, spec.chunk_bytes, 1))
+    basis = Basis.none(kv_heads, 32, torch.device(DEVICE))
+    keys = normal(kv_heads, chunks, spec.chunk_tokens, 32, seed=1)
+    for chunk in range(chunks):
+        records[:, chunk] = encode(spec, basis, keys[:, chunk])
+    z, numbers = normal(kv_heads, 2, 32, seed=2), control(groups=4 * (chunks - 1), first=4)
+    found = []
+    for kind in ("", "_twin"):
+        out = torch.zeros(kv_heads, sketch_kernels.BLOCK_GROUPS, 2, device=DEVICE)
+        lse = torch.zeros(1, kv_heads * 2, device=DEVICE)
+        getattr(sketch_kernels, f"log_mass{kind}")(spec, z, basis.centre, records, numbers, out, lse)
+        found.append((out[:, : 4 * (chunks - 1)], lse))
+    assert (found[0][0] - found[1][0]).abs().max() < 5e-3
+    assert (found[0][1] - found[1][1]).abs().max() < 5e-3
+
+
 @pytest.mark.parametrize("projects", [True, False])
 @pytest.mark.parametrize(("ratio", "dim"), [(3, 80), (8, 64)])
 @pytest.mark.parametrize("kind", ["", "_twin"])
@@ -273,6 +294,37 @@ def test_a_mask_is_listed():
     expected = {(h, g) for h, g in mask[:, 8:1208].nonzero().tolist()}
     assert 0 < len(expected) < 3 * 64
     assert opened(chosen, 1500, 3 * 64) == expected
+
+
+@pytest.mark.parametrize("kind", ["", "_twin"])
+@pytest.mark.parametrize("age", [1 << 22, 1 << 24])
+def test_the_slot_opened_longest_ago_leaves_however_long_that_is(kind, age):
+    """Ages and places share 32 bits."""
+    slots, most, device = 512, 16, torch.device(DEVICE)
+    tables, lists = bank.Tables.empty(1, slots, most, device), bank.Lists.empty(1, most, device)
+    step = age + 10
+    tables.groups.copy_(torch.arange(slots)[None])
+    tables.used_at.fill_(step - 2)
+    tables.used_at[0, 300] = step - age
+    chosen = select.Chosen.empty(1, most, device)
+    mask = torch.zeros(1, 600, dtype=torch.bool, device=device)
+    mask[0, [7, 599]] = True
+    numbers = control(step=step, groups=600)
+    select.gather_mask_twin(mask, numbers, chosen)
+    getattr(bank, f"place{kind}")(chosen, numbers, 0, most, 600, tables, lists, mailbox(1, most))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert (int(lists.held[0, 0]), int(lists.late[0, 0])) == (7, 300)
+    assert int(tables.groups[0, 300]) == 599
+    assert (tables.groups[0].cpu() != torch.arange(slots)).sum() == 1
+    assert tables.used_at[0, [7, 300]].tolist() == [step, step]
+
+
+def test_a_bank_larger_than_it_can_be_searched_is_refused():
+    slots, device = SLOTS_MAX + 1, torch.device(DEVICE)
+    tables, lists = bank.Tables.empty(1, slots, 16, device), bank.Lists.empty(1, 16, device)
+    with pytest.raises(AssertionError, match="slots"):
+        bank.place(select.Chosen.empty(1, 16, device), control(step=1), 0, 16, 60, tables, lists, mailbox(1, 16))
 
 
 @pytest.mark.parametrize(("kv_heads", "slots"), [(1, 16), (3, 24)])

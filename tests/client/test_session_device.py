@@ -41,6 +41,19 @@ def pair(monkeypatch, router="hga", kv_dtype="model"):
 
 
 @pytest.mark.usefixtures("_on_cpu")
+@pytest.mark.parametrize("why", ["bank", "rows"])
+def test_what_kernels_cannot_search_or_move_is_decoded_without_them(why):
+    options = replace(OPTIONS, bank_groups=1025 if why == "bank" else 16)
+    session, tokens = Client(FakeConnection()).open("s", GEOMETRY, ROPE, options), Tokens(701)
+    if why == "rows":
+        session._attending.on_device._row_bytes = 12
+    for first, end in blocks([250, 250, 200, 1], 701):
+        tokens.run(session, first, end)
+    assert session._attending.on_device.step is None
+    assert session.stats.opened_groups > 0
+
+
+@pytest.mark.usefixtures("_on_cpu")
 @pytest.mark.parametrize(("router", "kv_dtype"), [("hga", "model"), ("sketch", "model"), ("hga", "fp8")])
 def test_decodes_as_without_it_also_after_going_back(monkeypatch, router, kv_dtype):
     sessions, tokens = pair(monkeypatch, router, kv_dtype), Tokens(900)

@@ -35,6 +35,9 @@ CONTROL_SIZE = 4
 MAIL_Q, MAIL_K, MAIL_V, MAIL_SOURCE, MAIL_READY, MAIL_POSTED = 0, 1, 2, 3, 4, 8
 STEP_SHIFT, OPENED_SHIFT, COUNT_MASK = 24, 12, 0xFFF
 
+# Groups of a bank and KV head: their ages are compared all with all, and Triton takes no block of more than 2^20.
+SLOTS_MAX = 1024
+
 
 def mail_keys(kv_heads: int) -> int:
     """Where the keys begin."""

@@ -31,6 +31,7 @@ from hga_kvd_client.kernels import (
     MAIL_READY,
     MAIL_SOURCE,
     OPENED_SHIFT,
+    SLOTS_MAX,
     STEP,
     STEP_SHIFT,
     mail_keys,
@@ -221,13 +222,14 @@ def _place(
     tl.store(held_counts + head, own - misses)
     tl.store(late_counts + head, misses)
 
-    # The slots opened longest ago go to the misses, in order. Ages beyond 2^22 steps are as good as never.
+    # The slots opened longest ago go to the misses, in order. Age and slot share 31 bits: older than what is left for an
+    # age, 2^20 steps and more, is as good as never.
     if misses > 0:
         used = tl.load(used_at + head * slots + slot, mask=real, other=0)
-        age = tl.minimum(step.to(tl.int32) - used, 1 << 22) * SLOTS + (SLOTS - 1 - slot)
+        age = tl.minimum(step.to(tl.int32) - used, 0x40000000 // SLOTS) * SLOTS + (SLOTS - 1 - slot)
         age = tl.where(real, age, -1)
         used = tl.load(used_at + head * slots + slot, mask=real, other=0)
-        older = tl.minimum(step.to(tl.int32) - used, 1 << 22) * SLOTS + (SLOTS - 1 - slot)
+        older = tl.minimum(step.to(tl.int32) - used, 0x40000000 // SLOTS) * SLOTS + (SLOTS - 1 - slot)
         older = tl.where(real, older, -1)
         rank = tl.sum((older[None, :] > age[:, None]).to(tl.int32), 1)
         given = real & (rank < misses)
@@ -304,6 +306,7 @@ def place(
     kv_heads, slots = tables.groups.shape
     most = chosen.groups.shape[1]
     assert most <= slots, "everything opened in a step must fit in the bank"
+    assert slots <= SLOTS_MAX, "more slots cannot be searched"
     assert most & (most - 1) == 0, "lists are sorted in blocks of a power of two"
     assert most <= COUNT_MASK
     assert lists.held.shape == lists.late.shape == tables.opened.shape == (kv_heads, most)
