@@ -1,18 +1,23 @@
 """How long until a parked session can decode again: a daemon restarts, a client opens the session.
 
 Geometry of Qwen3-30B-A3B (48 layers, 4 KV heads, dim 128, bfloat16), synthetic K/V, routing state as router "sketch" stores
-it: its basis (25 MB) and the sketch of every chunk (5.3 % of the K/V). Two rows a run: `read` is the same bytes through a
-Connection and dropped, `session` is Client.open, after which the session can attend. Beside them, in the same run: fio
-reading the same file in sequence.
+it: its basis (25 MB) and the sketch of every chunk (5.3 % of the K/V). `session` is Client.open, after which the session can
+attend; `read` is the same bytes through a Connection, and dropped.
+
+A disk may answer what was read before from a cache of its host, up to four times faster. So everything is compared in one
+state. `cold`: bytes that were written and never read; a session of a new store, between two probes, files of as many bytes
+that were written with it, which fio reads once, in sequence. `again`: all of them once more.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import results
@@ -20,6 +25,7 @@ import torch
 import typer
 from demo import BUILD
 from hga_kvd.bench.daemon import daemon_on
+from hga_kvd.memory import aligned_buffer
 from hga_kvd_client.client import Client
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry
@@ -37,6 +43,8 @@ SPEC = SketchSpec.of_basis(GEOMETRY.head_dim)
 STATE_BYTES = GEOMETRY.layers * GEOMETRY.kv_heads * SPEC.chunk_bytes  # of a chunk
 OPTIONS = SessionOptions(router="sketch")
 FILL_CHUNKS = 4
+CHUNKS = 1024
+PROBE_BLOCK_BYTES = 8 << 20
 
 
 def made_basis() -> Basis:
@@ -66,23 +74,17 @@ def fill(connection: Connection, chunks: int) -> None:
 
 def read_all(connection: Connection, chunks: int) -> int:
     """What a resumed session reads, and nothing else is done with it. Returns the bytes."""
-    session_id = connection.open("parked", GEOMETRY).session_id
-    size = 0
-    for kind in KINDS:
-        size += len(connection.get_summaries(session_id, kind, min(BASIS_CHUNK, chunks - 1), 1)[1])
-    for _, page in connection.summaries(session_id, STATE_KIND, 0, chunks):
-        size += len(page)
-    sinks, recent = OPTIONS.sink_chunks, OPTIONS.recent_chunks
-    room = connection.fetch_records_max(session_id)
-    for at, count in ((0, sinks), (chunks - recent, recent)):
-        step = room // len(extent_keys(GEOMETRY, 0, at, count))
-        for layer in range(0, GEOMETRY.layers, step):
-            layers = range(layer, min(layer + step, GEOMETRY.layers))
-            keys = np.concatenate([extent_keys(GEOMETRY, each, at, count) for each in layers])
-            fetched = connection.fetch(session_id, keys)
-            if fetched.statuses is not None:
-                raise RuntimeError("damaged records")
-            size += fetched.records.nbytes
+    session_id, chunk = connection.open("parked", GEOMETRY).session_id, min(BASIS_CHUNK, chunks - 1)
+    size = sum(len(page) for _, page in connection.summaries(session_id, [(kind, chunk, 1) for kind in KINDS], 1 << 20))
+    step = connection.ahead_bytes_max(session_id, STATE_BYTES) // STATE_BYTES
+    wanted = [(STATE_KIND, at, min(step, chunks - at)) for at in range(0, chunks, step)]
+    size += sum(len(page) for _, page in connection.summaries(session_id, wanted, STATE_BYTES))
+    window = (*range(OPTIONS.sink_chunks), *range(chunks - OPTIONS.recent_chunks, chunks))
+    keys = [extent_keys(GEOMETRY, 0, at, 1, GEOMETRY.layers) for at in window]
+    for fetched in connection.records(session_id, keys, GEOMETRY.extent_bytes):
+        if fetched.statuses is not None:
+            raise RuntimeError("damaged records")
+        size += fetched.records.nbytes
     return size
 
 
@@ -92,57 +94,92 @@ def open_session(connection: Connection, chunks: int) -> None:
         raise RuntimeError(f"the session has {session.tokens} tokens")
 
 
+def write_probe(path: Path) -> None:
+    """As many bytes as a resumed session reads, of any."""
+    block = aligned_buffer(PROBE_BLOCK_BYTES)
+    block[:] = np.random.default_rng().integers(0, 256, len(block), np.uint8)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+    for at in range(0, CHUNKS * STATE_BYTES + 10 * GEOMETRY.chunk_bytes, len(block)):
+        os.pwrite(file, block.data, at)
+    os.fsync(file)
+    os.close(file)
+
+
 def sequential_gbs(path: Path, kind: str) -> float:
-    """GB/s of fio's direct reads of 1 MiB in sequence, 8 in flight, into "huge" or "plain" pages; 0: it cannot."""
-    size = path.stat().st_size
+    """GB/s of fio's direct reads of 1 MiB in sequence, 8 in flight, of the whole file, into "huge" or "plain" pages."""
     command = (
-        f"fio --name=read --filename={path} --ioengine=io_uring --direct=1 --rw=read --bs=1M --iodepth=8 --readonly "
+        f"fio --name=read --filename={path} --ioengine=io_uring --direct=1 --rw=read --bs=1M --iodepth=8 --readonly"
     )
-    command += f"--size={size} --time_based --runtime=2 --output-format=json"
-    return fio_speed(command, 8 << 20, kind) or 0.0
+    speed = fio_speed(f"{command} --output-format=json", 8 << 20, kind)
+    if speed is None:
+        raise RuntimeError("fio cannot read into huge pages here: it takes root, and fio")
+    return speed
+
+
+def through_new_daemon(directory: Path, does: Callable[[Connection, int], int | None]) -> tuple[float, int | None]:
+    """Seconds that this takes of a daemon that was just started, and what it returns."""
+    with daemon_on(directory, "1GiB", "--scrub-rate", "0") as daemon:
+        connection = Connection(daemon.target, deadline_s=120)
+        started = time.perf_counter()
+        size = does(connection, CHUNKS)
+        taken = time.perf_counter() - started
+        connection.disconnect()
+    return taken, size
+
+
+def one_store(directory: Path, repeats: int) -> list[dict[str, Any]]:
+    """Fills it; a row for `cold` and one for each `again`."""
+    probes = [directory / f"probe-{number}" for number in range(2)]
+    with daemon_on(directory, "1GiB", "--scrub-rate", "0") as daemon:
+        write_probe(probes[0])
+        connection = Connection(daemon.target, deadline_s=120)
+        fill(connection, CHUNKS)
+        connection.disconnect()
+        write_probe(probes[1])
+    before = sequential_gbs(probes[0], "huge")
+    cold_s, _ = through_new_daemon(directory, open_session)
+    rows: list[dict[str, Any]] = [{"state": "cold", "fio_huge_gbs": (before + sequential_gbs(probes[1], "huge")) / 2}]
+    rows[0]["session_s"] = cold_s
+    for _ in range(repeats):
+        row: dict[str, Any] = {"state": "again"}
+        row |= {f"fio_{kind}_gbs": sequential_gbs(probes[0], kind) for kind in KINDS_OF_PAGES}
+        row["read_s"], size = through_new_daemon(directory, read_all)
+        row["session_s"], _ = through_new_daemon(directory, open_session)
+        for kind in KINDS_OF_PAGES:
+            row[f"fio_{kind}_gbs"] = (row[f"fio_{kind}_gbs"] + sequential_gbs(probes[1], kind)) / 2
+        rows.append(row)
+    for row in rows:
+        row["bytes"] = size
+        row |= {f"{what}_gbs": size / row[f"{what}_s"] / 1e9 for what in ("read", "session") if f"{what}_s" in row}
+    return rows
 
 
 def main(
-    tokens: Annotated[int, typer.Option(help="a multiple of 256")] = 65536,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    stores: Annotated[int, typer.Option(min=1, help="each is cold once")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="of each store, again")] = 1,
 ) -> None:
     """Prints share of the bytes, seconds, and GB/s beside fio; appends to bench/results/resume.jsonl."""
     (BUILD / "bench").mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(dir=BUILD / "bench"))
-    chunks = tokens // GEOMETRY.chunk_tokens
-    stored = chunks * GEOMETRY.chunk_bytes
-    runs: list[dict[str, float]] = []
-    try:
-        with daemon_on(directory, "1GiB", "--scrub-rate", "0") as daemon:
-            connection = Connection(daemon.target, deadline_s=120)
-            fill(connection, chunks)
-            connection.disconnect()
-        segment = max((directory / "kv").glob("segment-*"), key=lambda path: path.stat().st_size)
-        for _ in range(repeats):
-            run = {f"fio_{kind}_gbs": sequential_gbs(segment, kind) for kind in KINDS_OF_PAGES}
-            for what, does in (("read", read_all), ("session", open_session)):
-                with daemon_on(directory, "1GiB", "--scrub-rate", "0") as daemon:
-                    connection = Connection(daemon.target, deadline_s=120)
-                    started = time.perf_counter()
-                    size = does(connection, chunks) or run["bytes"]
-                    taken = time.perf_counter() - started
-                    connection.disconnect()
-                run |= {"bytes": size, f"{what}_s": taken, f"{what}_gbs": size / taken / 1e9}
-            for kind in KINDS_OF_PAGES:  # the mean of before and after
-                run[f"fio_{kind}_gbs"] = (run[f"fio_{kind}_gbs"] + sequential_gbs(segment, kind)) / 2
-            runs.append(run)
-            huge, plain = run["fio_huge_gbs"], run["fio_plain_gbs"]
-            print(
-                f"{run['bytes'] / stored:.1%} of {stored / 1e9:.1f} GB; fio {huge:.2f} GB/s, {plain:.2f} into plain pages"
-            )
-            for what in ("read", "session"):
-                gbs = run[f"{what}_gbs"]
+    stored = CHUNKS * GEOMETRY.chunk_bytes
+    rows: list[dict[str, Any]] = []
+    for _ in range(stores):
+        directory = Path(tempfile.mkdtemp(dir=BUILD / "bench"))
+        try:
+            rows += one_store(directory, repeats)
+        finally:
+            shutil.rmtree(directory)
+    print(f"{rows[0]['bytes'] / stored:.1%} of {stored / 1e9:.1f} GB are read")
+    for row in rows:
+        for what in ("read", "session"):
+            if f"{what}_s" in row:
+                shares = [
+                    f"{row[f'{what}_gbs'] / row[key]:.2f} of {row[key]:.2f} ({key})" for key in row if "fio" in key
+                ]
                 print(
-                    f"  {what} {run[f'{what}_s']:.2f} s, {gbs:.2f} GB/s, {gbs / huge:.2f} and {gbs / plain:.2f} of fio"
+                    f"{row['state']}: {what} {row[f'{what}_s']:.2f} s, {row[f'{what}_gbs']:.2f} GB/s, {', '.join(shares)}"
                 )
-    finally:
-        shutil.rmtree(directory)
-    results.append("resume", {"tokens": tokens, "router": "sketch"}, {"stored_bytes": stored, "runs": runs}, BUILD)
+    config = {"tokens": CHUNKS * GEOMETRY.chunk_tokens, "router": "sketch"}
+    results.append("resume", config, {"stored_bytes": stored, "runs": rows}, BUILD)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ One caller at a time: a Connection has one region and no lock. Sessions of one c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -23,10 +23,11 @@ from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2
 
 from hga_kvd_client import errors
+from hga_kvd_client.ahead import in_order, slots
 from hga_kvd_client.answers import Fetched, Opened, SessionInfo, opened, session_info
 from hga_kvd_client.geometry import Bytes, Geometry, Keys
 from hga_kvd_client.link import MIB, Link
-from hga_kvd_client.payload import Limits, append_once, fetch_once, fetch_records_max, summaries_ahead, summaries_once
+from hga_kvd_client.payload import Limits, append_once, begin_fetch, begin_summaries, fetch_once, summaries_once
 from hga_kvd_client.target import checked_target, default_target
 
 
@@ -271,10 +272,6 @@ class Connection:
             )
         return count
 
-    def fetch_records_max(self, session_id: int) -> int:
-        """Records of this session that one answer takes; a `fetch` of more is split, and costs a copy."""
-        return fetch_records_max(self._link, self._limits_of(session_id))
-
     def fetch(self, session_id: int, keys: Keys, epoch: int = 0, deadline_us: int = 0) -> Fetched:
         """Records of keys [n] (KEY_DTYPE), in their order. Split into several calls where one would be over a limit.
 
@@ -347,19 +344,35 @@ class Connection:
         """
         self._free_landing()
         asked = session_id, kind, first_chunk, chunk_count, epoch
-        count, found = self._link.repeat(partial(summaries_once, self._link, *asked, half=0))
+        count, found = self._link.repeat(partial(summaries_once, self._link, *asked))
         return count, found.tobytes()
 
-    def summaries(
-        self, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int = 0
-    ) -> Generator[tuple[int, Bytes], None, None]:
-        """All of these chunks, as many at a time as fit in one answer: their count and bytes, gone with the next ones,
-        which the daemon reads meanwhile. Between two of them no other call may be made that brings payload.
+    # Payload read ahead: each answer is gone with the next one. Between two of them no call may be made that brings payload.
 
-        Raises: SummariesNotFound at a chunk that has none; SessionNotFound, StaleEpoch.
+    def ahead_bytes_max(self, session_id: int, item_bytes: int) -> int:
+        """What one of several answers, read ahead, may have, where items of this size are never cut."""
+        limits, slot = self._limits_of(session_id), slots(self._link, item_bytes)[0]
+        return min(limits.message_bytes_max if slot is None else slot[1], limits.fetch_bytes_max)
+
+    def summaries(
+        self, session_id: int, wanted: Sequence[tuple[str, int, int]], item_bytes: int, epoch: int = 0
+    ) -> Generator[tuple[int, Bytes], None, None]:
+        """As get_summaries, for each of these (kind, first chunk, chunks). item_bytes: of a chunk's.
+
+        Raises: as get_summaries, at the first that cannot be had.
         """
         self._free_landing()
-        yield from summaries_ahead(self._link, session_id, kind, first_chunk, chunk_count, epoch)
+        link = self._link
+        return in_order(link, [partial(begin_summaries, link, session_id, *each, epoch) for each in wanted], item_bytes)
+
+    def records(
+        self, session_id: int, wanted: Sequence[Keys], item_bytes: int, epoch: int = 0
+    ) -> Generator[Fetched, None, None]:
+        """As fetch, for each of these keys: of at most ahead_bytes_max, in items that are never cut."""
+        self._free_landing()
+        link, record_bytes = self._link, self._limits_of(session_id).geometry.record_bytes
+        asks = [partial(begin_fetch, link, session_id, keys, record_bytes, epoch) for keys in wanted]
+        return in_order(link, asks, item_bytes)
 
     def _free_landing(self) -> None:
         """Waits until nobody reads the last records in place."""

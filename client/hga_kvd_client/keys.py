@@ -20,14 +20,15 @@ def record_keys(layer: int, kv_heads: I64, groups: I64) -> Keys:
     return keys
 
 
-def extent_keys(geometry: Geometry, layer: int, first_chunk: int, chunk_count: int) -> Keys:
-    """All records of some chunks in one layer, [chunk][kv_head][group]: storage order, read in one piece."""
+def extent_keys(geometry: Geometry, layer: int, first_chunk: int, chunk_count: int, layer_count: int = 1) -> Keys:
+    """All records of some chunks in some layers, [chunk][layer][kv_head][group]: storage order, and what lies together is
+    read in one piece."""
     per_chunk, kv_heads = geometry.groups_per_chunk, geometry.kv_heads
-    keys = np.empty((chunk_count, kv_heads, per_chunk), KEY_DTYPE)
-    keys["layer"] = layer
+    keys = np.empty((chunk_count, layer_count, kv_heads, per_chunk), KEY_DTYPE)
+    keys["layer"] = np.arange(layer, layer + layer_count)[:, None, None]
     keys["kv_head"] = np.arange(kv_heads)[:, None]
     groups = np.arange(first_chunk * per_chunk, (first_chunk + chunk_count) * per_chunk)
-    keys["group"] = groups.reshape(chunk_count, 1, per_chunk)
+    keys["group"] = groups.reshape(chunk_count, 1, 1, per_chunk)
     return keys.reshape(-1)
 
 

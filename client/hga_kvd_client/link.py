@@ -109,6 +109,8 @@ class Link:
                 pending.cancel()
                 raise errors.DeadlineExceeded(self._no_answer(call)) from None
             except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.CANCELLED:  # by us: the channel was left for another
+                    raise errors.Unavailable(f"{call} was under way when the daemon went away") from None
                 raise self._refusal(call, error, read) from None
             if read is not None:
                 read.busy = False

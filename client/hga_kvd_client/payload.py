@@ -5,10 +5,8 @@ Each is an attempt, made again as a whole when the daemon went away: a new link 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,9 @@ from hga_kvd_client import errors
 from hga_kvd_client.answers import Fetched
 from hga_kvd_client.geometry import Bytes, Geometry, Keys
 from hga_kvd_client.link import Link
-from hga_kvd_client.region import PAGE_BYTES, Region
+from hga_kvd_client.region import Region
+
+Slot = tuple[int, int]  # of where fetches land: offset and bytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Limits:
     geometry: Geometry
     message_bytes_max: int
     fetch_keys_max: int
+
+    @property
+    def fetch_bytes_max(self) -> int:
+        return self.fetch_keys_max * self.geometry.record_bytes
 
 
 def append_once(link: Link, limits: Limits, header: kvd_pb2.AppendHeader, payload: Bytes) -> int:
@@ -65,66 +69,69 @@ def _in_parts(header: kvd_pb2.AppendHeader, payload: Bytes, part_bytes: int) -> 
 
 
 def summaries_once(
-    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, half: int
-) -> tuple[int, Bytes]:
-    """As many as fit, in this half (0 or 1) of where fetches land, or in one message: chunks and bytes. Raises: as
-    Connection's."""
-    asked = _summaries_request(link, session_id, kind, first_chunk, chunk_count, epoch, half)
-    return _summaries(link.region, asked, link.ask("GetSummaries", asked))
-
-
-def summaries_ahead(
     link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int
-) -> Generator[tuple[int, Bytes], None, None]:
-    """All of them, as many at a time as fit; the next are on their way meanwhile. Raises: as Connection's."""
-    end, half = first_chunk + chunk_count, 0
-    ahead: Callable[[], tuple[int, Bytes]] | None = None
-    try:
-        while first_chunk < end:
-            answer = None
-            if ahead is not None:
-                waiting, ahead = ahead, None
-                with contextlib.suppress(errors.Unavailable):
-                    answer = waiting()
-            asked = session_id, kind, first_chunk, end - first_chunk, epoch, half
-            count, found = answer or link.repeat(partial(summaries_once, link, *asked))
-            first_chunk, half = first_chunk + count, 1 - half
-            if first_chunk < end:
-                ahead = _begin_summaries(link, session_id, kind, first_chunk, end - first_chunk, epoch, half)
-            yield count, found
-    finally:
-        if ahead is not None:  # nothing may arrive any more when the next call is made
-            with contextlib.suppress(errors.KvdError):
-                ahead()
+) -> tuple[int, Bytes]:
+    """As many as fit where fetches land, or in one message: chunks and bytes. Raises: as Connection's."""
+    slot = None if link.region is None else (0, link.region.fetch_part.nbytes)
+    request = _summaries_request(link, session_id, kind, first_chunk, chunk_count, epoch, slot)
+    answer = link.ask("GetSummaries", request)
+    return int(answer.chunk_count), _landed(link.region, slot, answer, answer.payload_bytes)
 
 
-def _begin_summaries(
-    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, half: int
+def begin_summaries(
+    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, slot: Slot | None
 ) -> Callable[[], tuple[int, Bytes]]:
-    """The same, begun now; what is returned waits for the answer, and then raises."""
-    asked = _summaries_request(link, session_id, kind, first_chunk, chunk_count, epoch, half)
-    region, finish = link.region, link.begin("GetSummaries", asked)
-    return lambda: _summaries(region, asked, finish())
+    """The same, into this slot, begun now; what is returned waits for the answer, and then raises."""
+    request = _summaries_request(link, session_id, kind, first_chunk, chunk_count, epoch, slot)
+    region, finish = link.region, link.begin("GetSummaries", request)
+
+    def answer() -> tuple[int, Bytes]:
+        found = finish()
+        return int(found.chunk_count), _landed(region, slot, found, found.payload_bytes)
+
+    return answer
 
 
 def _summaries_request(
-    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, half: int
+    link: Link, session_id: int, kind: str, first_chunk: int, chunk_count: int, epoch: int, slot: Slot | None
 ) -> kvd_pb2.GetSummariesRequest:
     request = kvd_pb2.GetSummariesRequest(
         session_id=session_id, kind=kind, first_chunk=first_chunk, chunk_count=chunk_count, epoch=epoch
     )
-    if link.region is not None:
-        room = link.region.fetch_part.nbytes // 2 // PAGE_BYTES * PAGE_BYTES
-        place = kvd_pb2.SharedRange(client_id=link.region.client_id, offset=half * room, bytes=room)
-        request.shared.CopyFrom(place)
+    _name_slot(request, link.region, slot)
     return request
 
 
-def _summaries(region: Region | None, asked: kvd_pb2.GetSummariesRequest, answer: Any) -> tuple[int, Bytes]:
-    if region is None:
-        return int(answer.chunk_count), np.frombuffer(bytearray(answer.payload), np.uint8)
-    at = asked.shared.offset
-    return int(answer.chunk_count), region.fetch_part[at : at + answer.payload_bytes]
+def begin_fetch(
+    link: Link, session_id: int, keys: Keys, record_bytes: int, epoch: int, slot: Slot | None
+) -> Callable[[], Fetched]:
+    """One fetch into this slot or a message, where it must fit. As begin_summaries."""
+    request = kvd_pb2.FetchRequest(session_id=session_id, keys=keys.tobytes(), epoch=epoch)
+    _name_slot(request, link.region, slot)
+    region, finish = link.region, link.begin("Fetch", request)
+
+    def answer() -> Fetched:
+        found = finish()
+        records = _landed(region, slot, found, len(keys) * record_bytes).reshape(-1, record_bytes)
+        statuses = np.frombuffer(found.statuses, np.uint8) if found.statuses else None
+        return Fetched(records, statuses, found.ram_records, found.nvme_records)
+
+    return answer
+
+
+def _name_slot(request: Any, region: Region | None, slot: Slot | None) -> None:
+    if region is not None and slot is not None:
+        place = kvd_pb2.SharedRange(client_id=region.client_id, offset=slot[0], bytes=slot[1])
+        request.shared.CopyFrom(place)
+
+
+def _landed(region: Region | None, slot: Slot | None, answer: Any, size: int) -> Bytes:
+    """The bytes of an answer, gone when its slot is used again."""
+    if region is not None and slot is not None:
+        return region.fetch_part[slot[0] : slot[0] + size]
+    if len(answer.payload) != size:
+        raise errors.DaemonFault(f"an answer of {len(answer.payload)} bytes where {size} were asked for")
+    return np.frombuffer(bytearray(answer.payload), np.uint8)
 
 
 def fetch_records_max(link: Link, limits: Limits) -> int:

@@ -119,6 +119,12 @@ class RoutingState:
         assert self.store is not None
         return self.store.kind if isinstance(self.store, Sketches) else HGA_KIND
 
+    @property
+    def bytes_per_chunk(self) -> int:
+        """Of an entry of the store."""
+        assert self.store is not None
+        return self.store.bytes_per_chunk
+
     def make(self, first_chunk: int, keys: Tensor) -> Tensor | None:
         """Entries of chunks for `put`; None if they are not the next ones: the session makes them later.
 

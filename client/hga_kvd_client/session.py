@@ -234,14 +234,14 @@ class Session:
         options, stored, chunk_tokens = self.options, self._stored, self.geometry.chunk_tokens
         stored_routing.restore(self._routing, stored, self._held.device, options.prefill_tile_chunks)
         sinks = min(options.sink_chunks, stored.chunks)
-        tail = max(sinks, stored.chunks - options.recent_chunks)
-        kept = (*stored.all_layers(0, sinks), *stored.all_layers(tail, stored.chunks))
-        stored.tokens = stored.chunks * chunk_tokens
-        if tail > sinks:
-            self._window.skip_to(tail * chunk_tokens)
-        self._window.reserve(self.tokens, 0)
-        for layer, first, k, v in kept:
-            self._window.write(layer, first, k, v)
+        tail = max(options.sink_chunks, stored.chunks - options.recent_chunks)
+        tokens = stored.chunks * chunk_tokens
+        self._window.start_at(tail * chunk_tokens)
+        self._window.reserve(tokens, 0)
+        for part in ((0, sinks), (tail, stored.chunks)):
+            for layer, first, tiles in stored.all_layers(*part):
+                self._window.write_tiles(layer, first, tiles, tokens)
+        stored.tokens = tokens
         self._ids.restore(stored.token_ids(), self.tokens)
         return self.tokens
 
@@ -317,8 +317,7 @@ class Session:
         # What had left the window, the kept tokens of a chunk that opens again included.
         missing = self._stored.cut(chunks, tail, needed)
         self._window.rewind(tail * chunk_tokens, tokens)
-        for layer, first, k, v in missing:
-            kept = min(tokens - first, k.shape[1])
-            self._window.write(layer, first, k[:, :kept], v[:, :kept])
+        for layer, first, tiles in missing:
+            self._window.write_tiles(layer, first, tiles, tokens)
         self._routing.truncate(chunks)
         self._attending.forget(chunks)

@@ -182,7 +182,7 @@ class Basis:
         """What sketches made with it are stored as: `sketch.v1:` and 8 hex digits of basis and spec."""
         digest = hashlib.sha256(spec.text().encode())
         for tensor in (self.to_y, self.to_z, self.centre):
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
         return f"sketch.v1:{digest.hexdigest()[:8]}"
 
 

@@ -88,7 +88,7 @@ def basis_kind(part: int) -> str:
     return f"{BASIS_KIND}.{part}" if part else BASIS_KIND
 
 
-def part_count(first: bytes) -> int:
+def part_count(first: bytes | bytearray) -> int:
     """How many parts the basis that begins with `first` has; 0: not a basis."""
     if len(first) < _HEADER.size:
         return 0
@@ -96,12 +96,11 @@ def part_count(first: bytes) -> int:
     return int(parts) if magic == _MAGIC else 0
 
 
-def read_basis(parts: list[bytes], shape: tuple[int, int, int], device: torch.device) -> Basis:
-    """The inverse of basis_parts. shape: layers, kv_heads, head_dim.
+def read_basis(data: bytearray, shape: tuple[int, int, int], device: torch.device) -> Basis:
+    """The inverse of basis_parts; data: all parts, not changed after that. shape: layers, kv_heads, head_dim.
 
     Raises: ValueError for bytes that are not a basis of this shape.
     """
-    data = b"".join(parts)
     if not part_count(data):
         raise ValueError(f"{len(data)} bytes that are not a basis")
     *found, dim = _HEADER.unpack_from(data)[2:]
@@ -109,7 +108,7 @@ def read_basis(parts: list[bytes], shape: tuple[int, int, int], device: torch.de
     square = layers * kv_heads * head_dim * head_dim
     if (*found, dim) != shape or len(data) != _HEADER.size + 4 * (2 * square + square // head_dim):
         raise ValueError(f"a stored basis of {len(data)} bytes for {(*found, dim)}; the session has {shape}")
-    values = torch.frombuffer(bytearray(data[_HEADER.size :]), dtype=torch.float32).to(device)
+    values = torch.frombuffer(data, dtype=torch.float32, offset=_HEADER.size).to(device)
     to_y, to_z, centre = torch.split(values, [square, square, square // head_dim])
     return Basis(to_y.view(*shape, head_dim), to_z.view(*shape, head_dim), centre.view(shape))
 

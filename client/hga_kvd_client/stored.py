@@ -14,10 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from hga_kvd_client.keys import check_statuses, extent_keys, token_ranges
 
 logger = logging.getLogger("hga_kvd_client")
 Answer = TypeVar("Answer")
+Asked = TypeVar("Asked")
 
 # Replacements of the daemon that one call survives before it gives up.
 RECOVERIES_MAX = 3
@@ -119,37 +119,36 @@ class StoredSession:
         for start in range(first, end, self._held.options.prefill_tile_chunks):
             chunks = min(self._held.options.prefill_tile_chunks, end - start)
             answer = self.fetch(extent_keys(geometry, layer, start, chunks))
-            k, v = self._halves(answer, 1, chunks)[0]
+            k, v = self._apart(answer, 1, chunks)[0].flatten(2, 4)
             yield start, k, v, answer
 
-    def _halves(self, answer: Fetched, layers: int, chunks: int) -> list[tuple[Tensor, Tensor]]:
-        """K and V [kv_heads, tokens, head_dim] of each layer of whole extents. Copies."""
+    def all_layers(self, first: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Chunks first .. end-1, whole ones or some layers of one at a time: (first layer, first token, K and V [layers,
+        K and V, kv_heads, chunks, groups, group_tokens, head_dim]), gone with the next ones.
+
+        The next ones are on their way meanwhile: no other call may be made in between. Raises: RecordsDamaged.
+        """
+        geometry, item_bytes = self.geometry, self.geometry.extent_bytes
+        extents = max(1, self.connection.ahead_bytes_max(self._session_id, item_bytes) // item_bytes)
+        layers, chunks = min(extents, geometry.layers), max(1, extents // geometry.layers)
+        parts = [
+            (layer, min(layers, geometry.layers - layer), chunk, min(chunks, end - chunk))
+            for chunk in range(first, end, chunks)
+            for layer in range(0, geometry.layers, layers)
+        ]
+        wanted = [extent_keys(geometry, layer, chunk, count, layers) for layer, layers, chunk, count in parts]
+        with contextlib.closing(self._ahead(self.connection.records, wanted, item_bytes)) as answers:
+            for (layer, layers, chunk, count), keys, answer in zip(parts, wanted, answers, strict=True):
+                check_statuses(answer.statuses, keys, geometry.group_tokens)
+                yield layer, chunk * geometry.chunk_tokens, self._apart(answer, layers, count)
+
+    def _apart(self, answer: Fetched, layers: int, chunks: int) -> Tensor:
+        """Whole extents: [layers, K and V, kv_heads, chunks, groups, group_tokens, head_dim]. As as_tensor."""
         geometry = self.geometry
-        shape = (layers, chunks, geometry.kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens)
+        shape = (chunks, layers, geometry.kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens)
         # To the device as they are, and put in order there.
         tiles = self.as_tensor(answer.records, (*shape, geometry.head_dim)).to(self._held.device)
-        tokens = chunks * geometry.chunk_tokens
-        apart = tiles.permute(0, 4, 2, 1, 3, 5, 6).reshape(layers, 2, geometry.kv_heads, tokens, geometry.head_dim)
-        return [(k, v) for k, v in apart]
-
-    def all_layers(self, first: int, end: int) -> list[tuple[int, int, Tensor, Tensor]]:
-        """All layers of chunks first .. end-1: (layer, first token, k, v [kv_heads, tokens, head_dim]), in tiles.
-
-        A fetch brings as many layers as one answer takes: a window of ten chunks and 48 layers comes in three.
-        """
-        geometry, tile, found = self.geometry, self._held.options.prefill_tile_chunks, []
-        for start in range(first, end, tile):
-            chunks = min(tile, end - start)
-            room = self.connection.fetch_records_max(self._session_id)
-            step = max(1, room // (chunks * geometry.kv_heads * geometry.groups_per_chunk))
-            for layer in range(0, geometry.layers, step):
-                layers = range(layer, min(layer + step, geometry.layers))
-                keys = np.concatenate([extent_keys(geometry, each, start, chunks) for each in layers])
-                halves = self._halves(self.fetch(keys), len(layers), chunks)
-                found += [
-                    (each, start * geometry.chunk_tokens, k, v) for each, (k, v) in zip(layers, halves, strict=True)
-                ]
-        return found
+        return tiles.permute(1, 4, 2, 0, 3, 5, 6)
 
     def as_tensor(self, records: Bytes, shape: tuple[int, ...]) -> Tensor:
         """K and V of fetched bytes, shape: [..., group_tokens, head_dim]. May be a view of them, in this process's memory,
@@ -159,22 +158,64 @@ class StoredSession:
             return unpack(codes.view(*shape[:-2], -1), self._held.dtype).view(shape)
         return torch.from_numpy(records.reshape(-1)).view(self._held.dtype).view(shape)
 
-    def summary(self, kind: str, first: int, count: int) -> tuple[int, bytes] | None:
-        """Stored summaries from chunk `first` on, at least one, or None."""
+    def summary(self, kind: str, chunk: int) -> bytes | None:
+        """The stored summary of one chunk, if it has one."""
         try:
-            return self.call(
-                lambda: self.connection.get_summaries(self._session_id, kind, first, count, epoch=self.epoch)
-            )
+            return self.call(lambda: self.connection.get_summaries(self._session_id, kind, chunk, 1, self.epoch))[1]
         except errors.SummariesNotFound:
             return None
 
-    def summaries(self, kind: str, first: int, count: int) -> Iterator[tuple[int, Bytes]]:
-        """Stored summaries of these chunks, up to one that has none: how many and their bytes, gone with the next ones. No
-        other call may be made in between."""
-        pages = self.connection.summaries(self._session_id, kind, first, count, epoch=self.epoch)
-        with contextlib.suppress(errors.SummariesNotFound), contextlib.closing(pages):
-            while (page := self.call(lambda: next(pages, None))) is not None:
+    def summaries(self, kind: str, first: int, count: int, chunk_bytes: int) -> Iterator[tuple[int, Bytes]]:
+        """Stored summaries of these chunks, chunk_bytes each, up to one that has none: how many and their bytes. As
+        all_layers."""
+        end = first + count
+        with contextlib.suppress(errors.SummariesNotFound):
+            while first < end:
+                step = max(1, self.connection.ahead_bytes_max(self._session_id, chunk_bytes) // chunk_bytes)
+                wanted = [(kind, at, min(step, end - at)) for at in range(first, end, step)]
+                with contextlib.closing(self._ahead(self.connection.summaries, wanted, chunk_bytes)) as answers:
+                    for (_, _, asked), (found, page) in zip(wanted, answers, strict=True):
+                        yield found, page
+                        first += found
+                        if found < asked:
+                            break
+
+    def summary_parts(self, kinds: list[str], chunk: int, part_bytes: int) -> Iterator[Bytes]:
+        """The summary of one chunk of each kind, of at most part_bytes, up to one that it has not. As all_layers."""
+        wanted = [(kind, chunk, 1) for kind in kinds]
+        pages = contextlib.closing(self._ahead(self.connection.summaries, wanted, part_bytes))
+        with contextlib.suppress(errors.SummariesNotFound), pages as answers:
+            for _, page in answers:
                 yield page
+
+    def _ahead(
+        self,
+        read: Callable[[int, list[Asked], int, int], Generator[Answer, None, None]],
+        wanted: list[Asked],
+        item_bytes: int,
+    ) -> Generator[Answer, None, None]:
+        """One answer for each, read ahead by this method of the connection. After a daemon that was replaced, the rest."""
+        answers: Generator[Answer, None, None] | None = None
+        told = 0
+
+        def next_answer() -> Answer:
+            nonlocal answers
+            if answers is None:
+                answers = read(self._session_id, wanted[told:], item_bytes, self.epoch)
+            try:
+                return next(answers)
+            except errors.KvdError:
+                answers = None
+                raise
+
+        try:
+            while told < len(wanted):
+                answer = self.call(next_answer)
+                told += 1
+                yield answer
+        finally:
+            if answers is not None:
+                answers.close()
 
     def token_ids(self) -> bytes:
         """Of all chunks, as in TokenIds; empty if some were never told."""
@@ -186,17 +227,18 @@ class StoredSession:
         """Another session of the same chunks."""
         return self.call(lambda: self.connection.fork(self._session_id, self.chunks, name, self.epoch))
 
-    def cut(self, chunks: int, tail: int, needed: int) -> list[tuple[int, int, Tensor, Tensor]]:
+    def cut(self, chunks: int, tail: int, needed: int) -> list[tuple[int, int, Tensor]]:
         """Takes back the chunks from `chunks` on, and starts an epoch. Nothing is changed if this raises.
 
         Returns, as all_layers, what the window lacks of chunks tail .. needed-1, which it will hold: needed is one more
-        than chunks if a chunk is opened again.
+        than chunks if a chunk is opened again. Copies.
         """
         generation = self._generation
         try:
             if generation != self.connection.generation:
                 self._recover(needed)
-            missing = self.all_layers(tail, min(needed, self._held.window.tail_first // self.geometry.chunk_tokens))
+            end = min(needed, self._held.window.tail_first // self.geometry.chunk_tokens)
+            missing = [(layer, first, tiles.clone()) for layer, first, tiles in self.all_layers(tail, end)]
             self.give_up(chunks)
         except errors.KvdError:
             self._generation = generation

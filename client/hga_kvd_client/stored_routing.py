@@ -37,7 +37,8 @@ def restore(routing: RoutingState, stored: StoredSession, device: torch.device, 
     count = routing.count
     routing.reserve(stored.chunks)
     while count is not None and count < stored.chunks:
-        for chunks, payload in stored.summaries(routing.kind, count, stored.chunks - count):
+        pages = stored.summaries(routing.kind, count, stored.chunks - count, routing.bytes_per_chunk)
+        for chunks, payload in pages:
             routing.unpack(count, chunks, payload)
             count += chunks
         if count < stored.chunks:
@@ -73,17 +74,19 @@ def _restore_basis(routing: RoutingState, stored: StoredSession, device: torch.d
     """Takes the stored basis, if there is one; else it is still to be found."""
     geometry = stored.geometry
     for chunk in range(min(BASIS_CHUNK, stored.chunks - 1), -1, -1):
-        found = stored.summary(BASIS_KIND, chunk, 1)
+        first = stored.summary(BASIS_KIND, chunk)
         basis = None
-        if found is not None:
-            parts = [found] + [stored.summary(basis_kind(n), chunk, 1) for n in range(1, part_count(found[1]))]
+        if first is not None:
+            data, kinds = bytearray(first), [basis_kind(n) for n in range(1, part_count(first))]
+            for part in stored.summary_parts(kinds, chunk, len(first)):
+                data += part.data
             shape = (geometry.layers, geometry.kv_heads, geometry.head_dim)
             try:
-                basis = read_basis([part[1] for part in parts if part is not None], shape, device)
+                basis = read_basis(data, shape, device)
             except ValueError as error:
                 logger.warning("the stored basis of session %r cannot be used: %s", stored.name, error)
                 continue
-        elif stored.summary(PLAIN_KIND, chunk, 1) is None:
+        elif stored.summary(PLAIN_KIND, chunk) is None:
             continue
         routing.use_basis(basis)
         routing.basis_chunk = chunk

@@ -77,6 +77,12 @@ class Summaries:
         self.chunks = torch.empty(layers, kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.groups = torch.empty(layers, kv_heads, 0, groups_per_chunk, head_dim, dtype=dtype, device=device)
 
+    @property
+    def bytes_per_chunk(self) -> int:
+        """All layers."""
+        layers, kv_heads, _, groups, dim = self.groups.shape
+        return layers * kv_heads * (1 + groups) * dim * self.groups.itemsize
+
     def put(self, first_chunk: int, packed: Tensor) -> None:
         """packed: [chunks, layers, kv_heads, 1 + groups_per_chunk, head_dim], the chunk's summary first."""
         end = first_chunk + packed.shape[0]

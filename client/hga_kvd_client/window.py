@@ -73,6 +73,18 @@ class Window:
         self._buffer[layer, 0, :, start:end] = k
         self._buffer[layer, 1, :, start:end] = v
 
+    def write_tiles(self, layer: int, first: int, tiles: Tensor, end: int) -> None:
+        """As write, of several layers from `layer` on, as they are stored: [layers, K and V, kv_heads, chunks, groups,
+        group_tokens, head_dim]; tokens from `end` on are left out."""
+        tokens = min(end - first, tiles[0, 0, 0].numel() // tiles.shape[-1])
+        start = self.place(first)
+        place = self._buffer[layer : layer + len(tiles), :, :, start : start + tokens]
+        if tokens % self._chunk_tokens:
+            place.copy_(tiles.flatten(3, 5)[..., :tokens, :])
+        else:
+            kept = tiles[:, :, :, : tokens // self._chunk_tokens]
+            place.view(*place.shape[:3], *kept.shape[3:]).copy_(kept)
+
     def hold(self, layer: int, token: int, k: Tensor, v: Tensor) -> None:
         """As write, of one token, k and v contiguous; but they may stay where they are until somebody looks."""
         self._write_held()
@@ -107,9 +119,9 @@ class Window:
         start = self.place(first)
         return self._buffer[..., start : start + end - first, :]
 
-    def skip_to(self, tail_first: int) -> None:
-        """Starts the tail of an empty window at token tail_first: what lies between it and the sinks is elsewhere."""
-        assert self.capacity == 0
+    def start_at(self, tail_first: int) -> None:
+        """Empties the window and starts its tail at token tail_first: what lies between it and the sinks is elsewhere."""
+        self._held, self._written = None, self._written[..., :0, :]
         self._gap_tokens = tail_first - self._sink_tokens
 
     def drop(self, tail_first: int, tokens: int) -> None:

@@ -118,7 +118,7 @@ class Settings(BaseSettings):
     # Of one chunk. The basis of a session's sketches is kinds of one chunk, each summary_bytes_max: 25 of them for 48
     # layers, 4 KV heads and dim 128; 84 for 80 layers and 8 KV heads.
     summary_kinds_max: int = Field(default=128, gt=0, le=1024)
-    rpc_threads: int = Field(default=8, gt=0, le=1024)
+    rpc_threads: int = Field(default=16, gt=0, le=1024)
     # 32 to 64 reads in flight reach full bandwidth; 128 only adds latency (DESIGN section 4).
     queue_depth: int = Field(default=64, gt=0, le=4096)
     segment_bytes: Size = 256 * MIB

@@ -6,36 +6,27 @@ plan runs under none, on pinned segments.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.arena import copy_records
 from hga_kvd.checksum import summary_seeds
 from hga_kvd.config import Settings
-from hga_kvd.disk import Disk
 from hga_kvd.errors import InvalidRequest, KeyOutOfRange, LimitExceeded, SessionNotFound, StorageFull
 from hga_kvd.format import KIND_BYTES_MAX
 from hga_kvd.index import I64, LOST_ROW, NO_SEGMENT, Session
-from hga_kvd.memory import address_of, aligned_buffer
 from hga_kvd.parts import Parts
-from hga_kvd.reads import Items, read_again, read_verified, stream
+from hga_kvd.reads import Items, read_verified
 from hga_kvd.segments import Segment, SegmentLog
 from hga_kvd.summaries import SummaryTable
 
 U8 = npt.NDArray[np.uint8]
-Bools = npt.NDArray[np.bool_]
 
 # Summaries wait in plain memory to be written, or for ever without a disk. They are about 1/25 of the K/V, so an eighth
 # of the arena never is the tighter of the two limits.
 RAM_SHARE = 8
 RAM_BYTES_MIN = 64 << 20
-# A client's default region takes 16 MiB of summaries at a time. Reads of 1 MiB keep a disk busy, 8 in flight.
-STAGING_BYTES = 18 << 20
-READ_BYTES = 1 << 20
 
 
 class SummaryPath:
@@ -43,7 +34,6 @@ class SummaryPath:
         self._parts = parts
         self._residency = parts.residency
         self._lock = parts.residency.lock
-        self._staging = Staging()
         self._bytes_max = max(RAM_BYTES_MIN, parts.settings.ram // RAM_SHARE)
 
     def put(
@@ -81,7 +71,7 @@ class SummaryPath:
             assert disk is not None
             assert segments is not None
             try:
-                bad = self._staging.read(disk, found.items, destination)
+                bad = read_verified(disk, found.items, destination)
             finally:
                 with self._lock:
                     segments.unpin(found.segments)
@@ -97,44 +87,6 @@ class SummaryPath:
                 "from the chunk's K/V and put it"
             )
         return found.chunk_count, found.chunk_count * found.items.item_bytes
-
-
-class Staging:
-    """Where summaries are read to and verified before they are copied out. One call at a time: the disk has no more to give.
-
-    In huge pages: into a client's memory, which has them on few hosts, a disk reads half as fast (DESIGN section 4), and a
-    copy costs a tenth of the difference. Taken when first used.
-    """
-
-    def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._memory: U8 | None = None
-
-    def read(self, disk: Disk, items: Items, destination: U8) -> Bools:
-        """As reads.read_verified."""
-        size = items.item_bytes
-        # A gap ends a read, so that the first ones are verified and copied while the last are on their way.
-        per_read = max(1, READ_BYTES // size)
-        stride = per_read * size + disk.alignment
-        count = STAGING_BYTES // stride * per_read
-        if not count or (size | int(np.bitwise_or.reduce(items.offsets))) % disk.alignment:
-            return read_verified(disk, items, destination)
-        at = items.positions * size
-        bad = np.zeros(len(items), bool)
-        with self._turn:
-            if self._memory is None:
-                self._memory = aligned_buffer(STAGING_BYTES, huge=True)
-            for first in range(0, len(items), count):
-                some = slice(first, min(first + count, len(items)))
-                run, place = np.divmod(np.arange(some.stop - first), per_read)
-                starts = run * stride + place * size
-                with contextlib.closing(stream(disk, items.part(some), address_of(self._memory) + starts, 1)) as parts:
-                    for part, failed in parts:
-                        mine = slice(first + part.start, first + part.stop)
-                        bad[mine] = failed | items.part(mine).wrong(self._memory.data, starts[part])
-                        copy_records(self._memory.data, starts[part], destination.data, at[mine], size)
-        read_again(disk, items, bad, destination)
-        return bad
 
 
 def summary_bytes(settings: Settings, kind: str, chunk_count: int, payload: bytes) -> int:

@@ -173,15 +173,18 @@ class FakeConnection:
             page.append(summaries[kind, chunk])
         return len(page), b"".join(page)
 
-    def summaries(self, session_id, kind, first_chunk, chunk_count, epoch=0):
-        end = first_chunk + chunk_count
-        while first_chunk < end:
-            count, page = self.get_summaries(session_id, kind, first_chunk, end - first_chunk, epoch)
-            first_chunk += count
+    def summaries(self, session_id, wanted, item_bytes, epoch=0):
+        for each in wanted:
+            count, page = self.get_summaries(session_id, *each, epoch)
             yield count, np.frombuffer(bytearray(page), np.uint8)
 
-    def fetch_records_max(self, session_id):
-        return 1000
+    def records(self, session_id, wanted, item_bytes, epoch=0):
+        for keys in wanted:
+            assert keys.size * self._session(session_id)["geometry"].record_bytes <= self.ahead_bytes_max(0, item_bytes)
+            yield self.fetch(session_id, keys, epoch)
+
+    def ahead_bytes_max(self, session_id, item_bytes):
+        return max(item_bytes, 1 << 16)
 
     def info(self, session_id):
         session = self._session(session_id)

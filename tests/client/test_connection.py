@@ -93,6 +93,28 @@ def test_splits_give_the_same_bytes(scripted, connect, transport, geometry, regi
     assert appends == {transport == "auto" and geometry.chunk_bytes <= region_bytes // 2}
 
 
+@pytest.mark.parametrize("transport", ["auto", "bytes"])
+@pytest.mark.parametrize("region_bytes", [16 * KIB, 256 * KIB, 4 << 20])  # answers in messages, in one slot, in several
+def test_answers_read_ahead_survive_restarts(scripted, connect, transport, region_bytes):
+    daemon = scripted(message_bytes_max=128 * KIB, fetch_keys_max=100)
+    connection = connect(daemon.target, transport=transport, region_bytes=region_bytes)
+    session_id = connection.open("s", GEOMETRY).session_id
+    sent = payload(20)
+    connection.append(session_id, 0, 20, sent)
+    room = connection.ahead_bytes_max(session_id, GEOMETRY.chunk_bytes)
+    assert GEOMETRY.chunk_bytes <= room <= 100 * GEOMETRY.record_bytes
+    wanted = np.split(all_keys(20), 20)
+    read = []
+    for number, answer in enumerate(connection.records(session_id, wanted, GEOMETRY.chunk_bytes)):
+        if number in (3, 19):
+            daemon.restart()
+        read.append(answer.records.tobytes())  # still there, though a new daemon has a new region
+    assert b"".join(read) == sent.tobytes()
+    in_memory = transport == "auto" and GEOMETRY.chunk_bytes <= region_bytes // 2
+    assert {shared for call, shared in daemon.calls if call == "Fetch"} == {in_memory}
+    assert connection.fetch(session_id, wanted[3]).records.tobytes() == read[3]
+
+
 def test_a_payload_built_in_the_buffer_is_not_copied(scripted, connect):
     connection = connect(scripted().target)
     session = connection.open("s", GEOMETRY)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hga_kvd_client import Client, Geometry, Session, SessionOptions, connect, errors
 from hga_kvd_client.connection import Connection
+from hga_kvd_client.keys import extent_keys
 from hga_kvd_proto.v1 import kvd_pb2
 from sequences import GEOMETRY, ROPE, Tokens, blocks
 from test_connection import all_keys, given_up, payload
@@ -119,34 +120,38 @@ def test_big_calls_are_split(listening, way):
 
 @every_way
 @pytest.mark.parametrize("size", [40960, 41000])  # read in place; through a buffer
-def test_summaries_come_in_pages_read_ahead(listening, way, size):
+def test_summaries_and_records_are_read_ahead(listening, way, size):
     running = listening(message_bytes_max="512KiB", fetch_keys_max="1000")
     with connected_by(way, running, region_bytes=2 << 20) as connection:
         session_id = connection.open("s", WIDE).session_id
-        connection.append(session_id, 0, 60, payload(60, WIDE))
+        chunks = payload(60, WIDE)
+        connection.append(session_id, 0, 60, chunks)
         sent = np.random.default_rng(1).bytes(60 * size)
         connection.put_summaries(session_id, "x", 0, 55, sent[: 55 * size])
+        step = connection.ahead_bytes_max(session_id, size) // size
+        assert step == (12 if connection.landing is None else 6)
+        wanted = [("x", at, min(step, 55 - at)) for at in range(0, 55, step)]
+        keys = [extent_keys(WIDE, 0, at, 1, WIDE.layers)[:: 1 + at % 2] for at in range(60)]
         for stored in (False, True):
-            pages = [(count, page.tobytes()) for count, page in connection.summaries(session_id, "x", 0, 55)]
-            assert len(pages) >= 4
-            assert sum(count for count, _ in pages) == 55
+            pages = [(count, page.tobytes()) for count, page in connection.summaries(session_id, wanted, size)]
+            assert [count for count, _ in pages] == [count for _, _, count in wanted]
             assert b"".join(page for _, page in pages) == sent[: 55 * size]
+            found = [each.records.copy() for each in connection.records(session_id, keys, WIDE.extent_bytes)]
+            for at, records in enumerate(found):
+                assert np.array_equal(records, chunks.reshape(60, -1, WIDE.record_bytes)[at, :: 1 + at % 2])
             if not stored:
                 connection.park(session_id)
-        found = []
-        with pytest.raises(errors.SummariesNotFound):  # after all that come before the one that is not there
-            found.extend(count for count, _ in connection.summaries(session_id, "x", 0, 60))
-        assert sum(found) == 55
+        found_first = connection.summaries(session_id, [*wanted, ("x", 55, 1)], size)
+        for _, page in pages:  # all that come before the one that is not there
+            assert next(found_first)[1].tobytes() == page
+        with pytest.raises(errors.SummariesNotFound):
+            next(found_first)
         # One that is given up leaves nothing that could arrive later.
-        keys = all_keys(4, WIDE)
         for _ in range(10):
-            pages = connection.summaries(session_id, "x", 0, 55)
+            pages = connection.summaries(session_id, wanted, size)
             next(pages)
             pages.close()
-            assert (
-                connection.fetch(session_id, keys).records.tobytes()
-                == payload(60, WIDE)[: keys.size * WIDE.record_bytes].tobytes()
-            )
+            assert np.array_equal(connection.fetch(session_id, keys[0]).records, found[0])
 
 
 @every_way

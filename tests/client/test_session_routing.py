@@ -252,12 +252,12 @@ def test_a_basis_in_parts():
     assert len(parts) == 3 == part_count(parts[0][1])
     assert [kind for kind, _ in parts] == ["sketch-basis.v1", "sketch-basis.v1.1", "sketch-basis.v1.2"]
     assert all(len(payload) <= PART_BYTES for _, payload in parts)
-    again = read_basis([payload for _, payload in parts], (40, 2, 64), CPU)
+    again = read_basis(bytearray().join(payload for _, payload in parts), (40, 2, 64), CPU)
     for name in ("to_y", "to_z", "centre"):
         assert torch.equal(getattr(again, name), getattr(basis, name))
     assert basis_parts(None) == [("sketch-basis.v1.plain", b"\1")]
     with pytest.raises(ValueError, match="40"):
-        read_basis([payload for _, payload in parts], (41, 2, 64), CPU)
+        read_basis(bytearray().join(payload for _, payload in parts), (41, 2, 64), CPU)
 
 
 @pytest.mark.parametrize("keep", [lambda durable: durable, lambda durable: max(0, durable - 2)])

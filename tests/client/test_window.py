@@ -73,3 +73,21 @@ def test_a_held_token_is_written_before_anybody_looks():
     window.hold(1, 5, held, held)
     assert window.take_held(1) == (held, held)
     assert window.take_held(1) is None
+
+
+@given(first=st.integers(0, 5), chunks=st.integers(1, 3), cut=st.integers(0, 3), sinks=st.integers(0, 2))
+def test_what_is_written_as_it_is_stored_is_the_same(first, chunks, cut, sinks):
+    windows = [Window(LAYERS, KV_HEADS, DIM, CHUNK, sinks, 2, torch.float32, torch.device("cpu")) for _ in range(2)]
+    first, end = (sinks + first) * CHUNK, (sinks + first + chunks) * CHUNK
+    for window in windows:
+        window.start_at(first)
+        window.reserve(end, 0)
+        window.everything.fill_(-1)
+    for layer in range(LAYERS):
+        k = values(layer, first, end - cut)
+        windows[0].write(layer, first, k, -k)
+    k = torch.stack([values(layer, first, end) for layer in range(LAYERS)])
+    tiles = torch.stack([k, -k], 1).unflatten(3, (chunks, CHUNK // 2, 2))
+    windows[1].write_tiles(0, first, tiles[:1], end - cut)
+    windows[1].write_tiles(1, first, tiles[1:], end - cut)
+    assert torch.equal(windows[0].everything, windows[1].everything)

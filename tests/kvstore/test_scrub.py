@@ -211,7 +211,7 @@ def test_verify_of_a_running_daemon(daemon) -> None:  # type: ignore[no-untyped-
     assert running.stub().Stat(kvd_pb2.StatRequest()).scrub_damaged_records == 1
 
 
-# Odd sizes are read one way, whole sectors through the staging, in one piece or several.
+# Odd sizes are read through a buffer, whole sectors straight to where they go.
 @pytest.mark.parametrize("size", [300, 1024, MIB])
 def test_a_damaged_summary_is_not_returned(size: int) -> None:
     disk = SimDisk()

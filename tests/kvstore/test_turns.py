@@ -310,7 +310,8 @@ def test_clients_of_one_socket_have_a_share_each():
         held[0][2].set()  # one place, so one after another
         for call in calls:
             assert len(call.result(10).payload) == size
-        held[1][2].set()
+        for _, _, leave in held[1:]:
+            leave.set()
         assert served == ["a", "b", "a", "a"]
     finally:
         running.close()
