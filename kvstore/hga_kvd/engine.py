@@ -27,20 +27,20 @@ from hga_kvd.append import AppendPath
 from hga_kvd.background import Background
 from hga_kvd.config import Settings
 from hga_kvd.disk import Disk
-from hga_kvd.errors import InvalidRequest, KvdError, NotDurable, SessionNotFound, StartRefused
+from hga_kvd.errors import InvalidRequest, KvdError, NotDurable, SessionNotFound
 from hga_kvd.fetch import FetchPath
 from hga_kvd.geometry import KEY_DTYPE, Geometry, Keys
 from hga_kvd.index import Session
 from hga_kvd.integrity import Integrity
 from hga_kvd.log import silent_log
-from hga_kvd.memory import aligned_buffer, give_back_freed
+from hga_kvd.memory import aligned_buffer
 from hga_kvd.parts import Parts
 from hga_kvd.prefetch import Part
 from hga_kvd.prefetcher import Prefetcher
 from hga_kvd.recall import SummaryPath
 from hga_kvd.residency import Residency
 from hga_kvd.segments import SegmentLog
-from hga_kvd.startup import recover
+from hga_kvd.startup import bring_back
 from hga_kvd.statistics import collect
 from hga_kvd.writeout import WriteOut
 
@@ -76,7 +76,7 @@ class Engine:
         self._parts = Parts(settings, self._residency, disk, self._writeout, self._log)
         self._counters = self._parts.counters
         if disk is not None and self._writeout is not None:
-            self._counters.damaged_records = self._recover(disk, self._writeout)
+            self._counters.damaged_records = bring_back(disk, self._writeout, self._residency, self._log, clock())
         self._append_path = AppendPath(self._parts)
         self._fetch_path = FetchPath(self._parts)
         self._summary_path = SummaryPath(self._parts)
@@ -85,23 +85,6 @@ class Engine:
         self._background = Background(self._parts, self.expire, self.scrub)
         if background:
             self._background.start()
-
-    def _recover(self, disk: Disk, writeout: WriteOut) -> int:
-        try:
-            damaged_records, dead = recover(disk, writeout.segments, self._residency, self._log, self._clock())
-            writeout.start(dead)
-        except OSError as error:
-            raise StartRefused(f"the store cannot be used ({error}): check the device and its permissions") from error
-        if self._residency.sessions:
-            give_back_freed()
-            self._log.info(
-                "recovered",
-                sessions=len(self._residency.sessions),
-                chunks=sum(session.chunk_count for session in self._residency.sessions.values()),
-                segments=len(writeout.segments.segments),
-                damaged_records=damaged_records,
-            )
-        return damaged_records
 
     def shutdown(self) -> None:
         """Makes all named sessions durable and closes the disk. Raises: WriteFailed, StorageFull."""

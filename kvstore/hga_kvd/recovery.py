@@ -47,6 +47,9 @@ SCAN_READ_BYTES = 4 << 20
 # What is not sound is read once more: a read that failed, or brought other bytes, for once must not cut
 # off what was flushed.
 TRIES = 2
+# Blocks that cannot be read, after which the rest of a segment is not looked through: of a device that fails every read
+# each block would be asked for, one after another.
+BAD_BLOCKS_MAX = 64
 # Walks at once, and bytes of one batch: a disk is busy with 32 to 64 reads in flight.
 WALKS_MAX = 128
 BATCH_BYTES = 16 << 20
@@ -119,6 +122,7 @@ class _Walker:
         self._head_bytes = HEAD_READ_BYTES  # how much a frame's head is guessed to have
         self._largest_head_bytes = 0
         self._unreadable = False
+        self._bad_blocks = 0
 
     def walk(self) -> Steps[Walk | None]:
         if not (yield from self._header_fits()):
@@ -211,15 +215,29 @@ class _Walker:
         """The first sound frame at or behind `offset` with at least this sequence number."""
         for start in range(offset, limit, SCAN_READ_BYTES):
             length = min(SCAN_READ_BYTES, limit - start)
-            piece = yield from self._read(start, length)
-            # One bad block hides its whole piece: look block by block there.
-            blocks = np.arange(length // BLOCK_BYTES)
-            starts = blocks if piece is None else np.flatnonzero(piece[::BLOCK_BYTES] == ord("K"))
-            for block in starts.tolist():
-                frame = yield from self._frame_at(start + block * BLOCK_BYTES, limit)
+            for block in (yield from self._likely_blocks(start, length)):
+                frame = yield from self._frame_at(block, limit)
                 if frame is not None and frame.header.sequence >= sequence:
                     return frame
+            if self._bad_blocks >= BAD_BLOCKS_MAX:
+                return None
         return None
+
+    def _likely_blocks(self, start: int, length: int) -> Steps[list[int]]:
+        """Where a frame may start, of what can be read here."""
+        piece = yield from self._read(start, length)
+        if piece is not None:
+            return [start + int(at) * BLOCK_BYTES for at in np.flatnonzero(piece[::BLOCK_BYTES] == ord("K"))]
+        found = []  # one bad block hides its whole piece
+        for at in range(start, start + length, BLOCK_BYTES):
+            block = yield from self._read(at, BLOCK_BYTES)
+            if block is None:
+                self._bad_blocks += 1
+                if self._bad_blocks >= BAD_BLOCKS_MAX:
+                    break
+            else:
+                found.append(at)
+        return found
 
     def _body_is_whole(self, frame: Frame) -> Steps[bool]:
         header = frame.header

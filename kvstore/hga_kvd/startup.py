@@ -1,7 +1,7 @@
 """Brings a store directory back: manifest, segments, index. The rules are those of docs/format.md, "Recovery".
 
 Nothing is changed on disk before all of it has been read and understood; a directory that cannot be is refused as it
-is. The caller then writes a manifest of its own, which also says that a daemon is running.
+is. Then a manifest of our own is written, which also says that a daemon is running.
 """
 
 from __future__ import annotations
@@ -16,10 +16,36 @@ from hga_kvd.errors import StartRefused
 from hga_kvd.format import BadBytes, Frame, NewerFormat, segment_id_of, segment_name
 from hga_kvd.index import LOST_ROW, Places, Session, places_of, runs_of
 from hga_kvd.manifest import MANIFEST_NAME, Manifest, SegmentEntry, decode_manifest
+from hga_kvd.memory import give_back_freed
 from hga_kvd.rebuild import Rebuilt, rebuild
 from hga_kvd.recovery import Unread, Walk, erase_heads, is_leftover, walk_all
 from hga_kvd.residency import Residency
 from hga_kvd.segments import Segment, SegmentLog, tail_of
+from hga_kvd.writeout import WriteOut
+
+
+def bring_back(disk: Disk, writeout: WriteOut, residency: Residency, log: FilteringBoundLogger, now: float) -> int:
+    """What the disk has, and a manifest that says that a daemon is running. now: seconds. Returns how many records are lost
+    to damage.
+
+    Raises: StartRefused.
+    """
+    try:
+        damaged_records, dead = recover(disk, writeout.segments, residency, log, now)
+        writeout.start(dead)
+    except OSError as error:
+        raise StartRefused(f"the store cannot be used ({error}): check the device and its permissions") from error
+    sessions = residency.sessions.values()
+    if sessions:
+        give_back_freed()
+        log.info(
+            "recovered",
+            sessions=len(sessions),
+            chunks=sum(session.chunk_count for session in sessions),
+            segments=len(writeout.segments.segments),
+            damaged_records=damaged_records,
+        )
+    return damaged_records
 
 
 def recover(

@@ -455,3 +455,33 @@ def test_a_manifest_that_cannot_be_written(error: int) -> None:
     disk.fail("replace", 1, error)
     with pytest.raises(WriteFailed, match="may come back"):
         engine.delete(session)
+
+
+@pytest.mark.parametrize("bad", [range(1, 2048), (34,), (34, 41, 100, 1500)], ids=["all", "one", "some"])
+def test_a_device_that_cannot_be_read_is_not_asked_for_every_block(bad: range | tuple[int, ...]) -> None:
+    disk = SimDisk()
+    engine = make(disk, segment_bytes=8 * MIB)
+    session = engine.open("a", WIDE, create=True).session_id
+    for i in range(48):
+        engine.append(session, i, 1, CHUNKS[i], b"")
+        engine.flush(session)
+    engine.shutdown()
+    read, asked = disk.read, []
+
+    def failing(handles, offsets, addresses, lengths):
+        asked.append(len(handles))
+        first, last = offsets // 4096, (offsets + lengths - 1) // 4096
+        hit = np.array([any(low <= block <= high for block in bad) for low, high in zip(first, last, strict=True)])
+        return np.where(hit, -errno.EIO, read(handles, offsets, addresses, lengths)).astype(np.int32)
+
+    disk = disk.kill()
+    read, disk.read = disk.read, failing
+    again = make(disk, segment_bytes=8 * MIB)
+    assert again.open("a", None, create=False).chunk_count == 48
+    lost = again.info(session).damaged_records // (WIDE.layers * WIDE.records_per_extent)
+    if len(bad) > 100:
+        assert lost == 48
+        assert sum(asked) < 1000  # 2,047 blocks, each tried six times
+    else:
+        heads = {1 + (FRAME // 4096) * frame for frame in range(48)}
+        assert lost == len(heads & set(bad))
