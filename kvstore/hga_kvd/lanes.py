@@ -146,7 +146,8 @@ class Lanes:
             lane, request = found
             self._call(lane, request)
             lane.busy = False
-            if self._lead.locked():  # somebody leads, and may sleep: what this lane posted meanwhile is for him to find
+            # Who leads may have slept through what this lane posted meanwhile; what it posts from here on rings for him.
+            if (lane.posted_word[0] != lane.served or lane.ending) and self._lead.locked():
                 self._rouse()
 
     def _find_slow(self) -> tuple[Lane, Request] | None:
