@@ -17,7 +17,7 @@ SCHEDULES_S ?= 600
 KILLS ?= 50
 CHURN_S ?= 600
 
-.PHONY: soak mutants demo test lint types unit model proto setup apt peers tables
+.PHONY: soak mutants gpu demo test lint types unit model proto setup apt peers tables
 
 apt:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
@@ -64,6 +64,10 @@ soak: setup mutants
 # The engine broken on purpose, in a copy of the tree: each break must be noticed.
 mutants: setup
 	$(BIN)/python tests/mutants.py
+
+# What only a GPU can show, in less than ten minutes; logs and records in build/gpu.
+gpu: setup
+	PYTHON=$(BIN)/python bench/gpu_check.sh
 
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/hga_kvd_proto/v1/kvd.proto

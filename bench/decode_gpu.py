@@ -351,10 +351,13 @@ def main() -> None:
         device, ratio, contexts, hits, steps = torch.device("cpu"), 2, [16384], [0.7], 3
         geometry = Geometry(2, 2, 32, "float32", model_fingerprint="bench")
     else:
+        if not torch.cuda.is_available():
+            parser.exit(1, "bench/decode_gpu.py needs an NVIDIA GPU; --smoke runs it on the CPU, tiny\n")
         device, ratio = torch.device("cuda"), 8
         contexts, hits = [int(t) for t in options.contexts.split(",")], [float(h) for h in options.hits.split(",")]
         steps = options.steps
         geometry = Geometry(48, 4, 128, "bfloat16", model_fingerprint="bench, geometry of Qwen3-30B-A3B")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cut short: what was measured is kept
     torch.manual_seed(0)
     ram = max(contexts) // geometry.chunk_tokens * geometry.chunk_bytes * 5 // 4 + 64 * MIB
     rows: list[dict[str, Any]] = []
@@ -369,13 +372,20 @@ def main() -> None:
                 print(json.dumps(rows[-len(hits) :]), flush=True)
             connection.disconnect()
         finally:
+            keep(options, rows, geometry)
             daemon.send_signal(signal.SIGTERM)
             daemon.wait(120)
-    print(table(rows))
+
+
+def keep(options: argparse.Namespace, rows: list[dict[str, Any]], geometry: Geometry) -> None:
+    """What was measured so far, where it was asked for."""
+    if not rows:
+        return
+    print(table(rows), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     if options.record:
-        gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
+        gpu = "none" if options.smoke else torch.cuda.get_device_name()
         command_line = "python bench/decode_gpu.py " + " ".join(sys.argv[1:])
         config = {"command": command_line, "gpu": gpu, "torch": torch.__version__, "layers": geometry.layers}
         results.append("decode_gpu", config, {"rows": rows})

@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=4096)
     parser.add_argument("--record", action="store_true", help="append to bench/results/prefill_gpu.jsonl")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, "bench/prefill_gpu.py needs an NVIDIA GPU\n")
     geometry = Geometry(LAYERS, KV_HEADS, DIM, "bfloat16", model_fingerprint="bench")
     rope = Rope(tuple(1e6 ** (-i / (DIM / 2)) for i in range(DIM // 2)), DIM)
     with tempfile.TemporaryDirectory(prefix="kvd") as directory:
