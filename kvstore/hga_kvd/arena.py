@@ -44,7 +44,8 @@ def rows_of(first_rows: I64, rows_each: int) -> I64:
 
 def copy_rows(source: U8, first_rows: I64, rows_each: int, destination: U8) -> None:
     """Gathers runs of rows of `source` [rows, unit] into `destination` [len(first_rows) * rows_each, unit]."""
-    # mode="clip" because "raise" makes numpy gather into a temporary first: 4 times slower.
+    # mode="clip" because "raise" makes numpy gather into a temporary first: 4 times slower. And not to where numpy puts a
+    # large array, 16 bytes behind the beginning of a page: `rep movsb` into there took 11 us for 8 KiB on a Zen, not 0.3.
     source.take(rows_of(first_rows, rows_each), axis=0, out=destination, mode="clip")
 
 

@@ -42,17 +42,15 @@ class Background:
             thread.join()
 
     def _write_out(self) -> None:
-        """Keeps half of the arena free of dirty extents, so that appends rarely wait."""
-        parts, writeout, arena = self._parts, self._parts.writeout, self._parts.residency.arena
+        """Keeps most of the arena free of dirty extents, so that appends rarely wait, and flushes find little left."""
+        parts, writeout = self._parts, self._parts.writeout
         while not parts.stopping.is_set():
             parts.wake.wait(EXPIRE_S)
             parts.wake.clear()
             try:
                 self._expire()
-                while writeout and not parts.stopping.is_set() and 4 * arena.dirty_bytes > len(arena.region):
-                    with writeout.barrier:
-                        if not writeout.round():
-                            break
+                while writeout and not parts.stopping.is_set() and writeout.write_ahead():
+                    pass
             except (KvdError, OSError) as error:  # dirty data stays; who needs its slots or its durability is told
                 parts.log.warning("background write-out failed", error=str(error))
                 parts.stopping.wait(WRITE_RETRY_S)

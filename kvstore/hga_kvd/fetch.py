@@ -22,6 +22,7 @@ from hga_kvd.few import Few
 from hga_kvd.geometry import KEY_DTYPE, Keys
 from hga_kvd.hits import Found
 from hga_kvd.index import Session
+from hga_kvd.memory import aligned_buffer
 from hga_kvd.misses import Misses
 from hga_kvd.parts import Parts
 from hga_kvd.residency import Pool, locate, out_of_range
@@ -173,7 +174,7 @@ class FetchPath:
     ) -> tuple[Fetched, U8]:
         """Waits until the calls that read these records (of these slots) have ended, then fetches: [keys, record_bytes]."""
         pool = self._residency.pools[session.pool]
-        own = np.zeros((len(keys), pool.slots.record_bytes), np.uint8)
+        own = aligned_buffer(len(keys) * pool.slots.record_bytes).reshape(len(keys), -1)
         with self._lock:
             while not self._residency.wait_for_fills(pool, slots, records, WAIT_S if overdue else None):
                 if overdue is not None and overdue():

@@ -29,6 +29,8 @@ from hga_kvd.segments import SegmentLog
 
 # Between two syncs: 40 ms of a 1.6 GB/s disk, so that a flush never waits long for a round of the background.
 ROUND_BYTES = 64 << 20
+# The background is woken when one in so many bytes of the arena is dirty, and writes until it is one in so many.
+DIRTY_SHARE_MAX, DIRTY_SHARE_MIN = 2, 4
 # Ids that a run may give out before the manifest has to say so; a crash skips the rest of them.
 SESSION_IDS_RESERVED = 1 << 20
 CHUNK_UIDS_RESERVED = 1 << 40
@@ -60,6 +62,12 @@ class WriteOut:
 
     def mark_dirty(self, session: Session) -> None:
         self.dirty.setdefault(session.session_id, session)
+
+    def has_work(self, arena_share: int) -> bool:
+        """Whether the background should write: more than one in so many bytes of the arena is dirty, or a session that
+        will be flushed has a frame's worth, which its flush need not wait for then."""
+        arena = self._residency.arena
+        return arena_share * arena.dirty_bytes > len(arena.region) or any(map(_has_frame, self.dirty.values()))
 
     def is_durable(self, session: Session, chunk_count: int) -> bool:
         """Whether these chunks and all summaries survive power loss."""
@@ -187,6 +195,14 @@ class WriteOut:
                     self.mark_dirty(session)
         return list(self.dirty.values())
 
+    def write_ahead(self) -> bool:
+        """A round, where there is work for one. Raises as `round`."""
+        with self.barrier:
+            with self._lock:
+                has_work = self.has_work(DIRTY_SHARE_MIN)
+                ahead = [session for session in self.dirty.values() if _has_frame(session)]
+            return has_work and self.round(ahead or None)
+
     def _write(self, chosen: list[Job]) -> None:
         segment = self.segments.open
         assert segment is not None
@@ -293,6 +309,11 @@ class WriteOut:
             self._copied = told
         except OSError as error:  # nothing that was promised depends on it
             self._log.warning("the manifest has no copy", error=str(error))
+
+
+def _has_frame(session: Session) -> bool:
+    unwritten = session.chunk_count - session.written_count
+    return not session.temporary and unwritten * session.table.chunk_stride >= jobs.FRAME_BODY_BYTES
 
 
 def _entry(session: Session) -> SessionEntry:

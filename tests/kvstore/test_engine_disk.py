@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import structlog
+from hga_kvd import jobs
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
 from hga_kvd.errors import StartRefused
 from hga_kvd.filedisk import make_disk
 from hga_kvd.geometry import Geometry
 from hga_kvd.testing.oracle import random_keys, records_of
+from hga_kvd.testing.simdisk import SimDisk
 from hga_kvd.testing.trial import Trial
 
 MIB = 1 << 20
@@ -52,6 +54,26 @@ def test_round_trip(tmp_path: Path, io_engine: str) -> None:
     engine.delete(session)
     engine.shutdown()
     assert not list(tmp_path.glob("*.kvs"))
+
+
+def test_what_will_be_flushed_is_written_by_the_frame_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "FRAME_BODY_BYTES", 4 * WIDE.chunk_bytes)
+    engine = Engine(Settings(ram=16 * MIB, segment_bytes=8 * MIB), SimDisk(), background=False)
+    writeout, chunk = engine._writeout, np.arange(WIDE.chunk_bytes, dtype=np.uint32).view(np.uint8)[: WIDE.chunk_bytes]
+    assert writeout is not None
+    ours = engine.open("a", WIDE, create=True).session_id
+    temporary = engine.open("", WIDE, create=True).session_id
+    for i in range(8):
+        engine.append(temporary, i, 1, chunk, b"")
+    for i in range(3):
+        engine.append(ours, i, 1, chunk, b"")
+    assert not writeout.write_ahead(), "half a frame, and what nobody flushes"
+    engine.append(ours, 3, 1, chunk, b"")
+    assert writeout.write_ahead()
+    assert {s.session_id: s.durable_chunk_count for s in engine.list()} == {ours: 4, temporary: 0}
+    assert list(writeout.dirty) == [temporary]
+    assert not writeout.write_ahead()
+    engine.shutdown()
 
 
 def test_workload(tmp_path: Path) -> None:
