@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     fetch_keys_max: int = Field(default=65536, gt=0)
     fetch_bytes_max: Size = 512 * MIB
     append_bytes_max: Size = 1 * GIB  # one Append stream
-    # Payloads of Append streams on their way into memory, all clients together: 8 threads must not take 8 GiB.
+    # Payloads of Append streams on their way into memory, and large answers that clients have not read yet, all together.
     inflight_bytes_max: Size = 2 * GIB
     # A stream that stalls holds one of rpc_threads. 1 GiB over a slow link (100 Mbit/s) takes 90 s.
     append_stream_s_max: float = Field(default=120, gt=0, le=86400)

@@ -96,16 +96,18 @@ class Lanes:
         with self._lock:
             if self._shut or len(self._lanes) >= self._lanes_max:
                 return ()
+            thread = threading.Thread(target=self._work, name="lane", daemon=True)
+            self._threads.add(thread)
             try:
+                thread.start()  # and leaves again if it gets no lane
                 lane = Lane(client_id)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # the latter: no more threads
+                if thread.ident is None:
+                    self._threads.discard(thread)
                 self._log.warning("no lane", error=str(error))
                 return ()
             self._epoll.register(lane.request_bell, select.EPOLLIN | select.EPOLLET)
             self._lanes += (lane,)
-            thread = threading.Thread(target=self._work, name="lane", daemon=True)
-            self._threads.add(thread)
-            thread.start()
         return lane.descriptors
 
     def end(self, client_id: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import asdict
+from zlib import crc32
 
 import grpc
 import numpy as np
@@ -19,14 +20,16 @@ from hga_kvd.memory import aligned_buffer
 U8 = npt.NDArray[np.uint8]
 
 CLIENT_KEY = "hga-kvd-client"  # metadata of a call
-CLIENT_NAME_MAX = 64  # what of a name is looked at
+# Shares that one peer may have, whatever names it calls itself: one that took a new name for each call would always be
+# the one that had least.
+CLIENTS_OF_PEER = 64
 
 
 def client_of(context: grpc.ServicerContext) -> Hashable:
     """Whose turns the payload of this call takes. All who come through the unix socket are one peer, and so go by the name
     that each gave itself: it divides what that peer has, and says nothing about what the call may do."""
     names = (str(value) for key, value in context.invocation_metadata() if key == CLIENT_KEY)
-    return context.peer(), next(names, "")[:CLIENT_NAME_MAX]
+    return context.peer(), crc32(next(names, "").encode()) % CLIENTS_OF_PEER
 
 
 def range_of(shared: kvd_pb2.SharedRange) -> Range:

@@ -69,6 +69,8 @@ class Prefetcher:
                     self.ledger.forget(part.session_id)
             except OSError as error:
                 self._parts.log.warning("prefetch failed", error=str(error))
+            except Exception:  # of this part; the next ones go on
+                self._parts.log.exception("fault", call="prefetch")
 
     def _bring(self, part: Part) -> None:
         missing = self._not_in_ram(part)
@@ -83,10 +85,10 @@ class Prefetcher:
             self.ledger.bring(part.session_id, missing[: counters.fetched_nvme_records])
 
     def _not_in_ram(self, part: Part) -> Keys:
+        keys = np.unique(part.keys.view("<u8")).view(KEY_DTYPE)  # milliseconds, so without the lock
         with self._lock:
             session = self._residency.session(part.session_id, part.epoch)
             slots, table = self._residency.pools[session.pool].slots, session.table
-            keys = np.unique(part.keys.view("<u8")).view(KEY_DTYPE)
             try:
                 rows, layers, records = locate(session, keys)
                 missing: Keys = keys[slots.state[table.slot[rows, layers], records] != VALID]

@@ -24,6 +24,8 @@ NAME = kvd_pb2.DESCRIPTOR.services_by_name["Kvd"].full_name
 MESSAGE_SLACK_BYTES = 64 * KIB
 # Calls that wait for a thread, for each thread. More are refused by gRPC with RESOURCE_EXHAUSTED.
 WAITING_CALLS_PER_THREAD = 64
+# Calls of one connection that are not answered, or whose answer it has not read. More wait on its own side.
+STREAMS_MAX = 64
 
 
 class Server:
@@ -38,6 +40,7 @@ class Server:
             options=(
                 ("grpc.max_receive_message_length", receive_bytes_max + MESSAGE_SLACK_BYTES),
                 ("grpc.max_send_message_length", settings.message_bytes_max + MESSAGE_SLACK_BYTES),
+                ("grpc.max_concurrent_streams", STREAMS_MAX),
                 ("grpc.so_reuseport", 0),  # else a second daemon would silently share the port
                 # A peer whose host is gone is noticed within 40 s.
                 ("grpc.keepalive_time_ms", 30_000),

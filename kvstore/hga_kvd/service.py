@@ -32,7 +32,7 @@ from structlog.typing import FilteringBoundLogger
 from hga_kvd import __version__, errors
 from hga_kvd.answers import SessionInfo
 from hga_kvd.calls import Calls
-from hga_kvd.config import Settings
+from hga_kvd.config import KIB, Settings
 from hga_kvd.engine import Engine
 from hga_kvd.handover import Handover
 from hga_kvd.landing import Landing, NotAttached
@@ -50,6 +50,8 @@ from hga_kvd.messages import (
 from hga_kvd.refusals import ERROR_KEY, SharingRefused, refusal
 
 U8 = npt.NDArray[np.uint8]
+# Smaller answers are not counted among the bytes on their way; a connection has STREAMS_MAX of them at most.
+UNCOUNTED_BYTES_MAX = 64 * KIB
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -60,7 +62,9 @@ def _answers(method: Method) -> Method:
     @functools.wraps(method)
     def call(self: KvdService, request: Any, context: grpc.ServicerContext) -> Any:
         try:
-            return method(self, request, context)
+            made = method(self, request, context)
+            self._count_answer(made, context)
+            return made
         except Exception as error:
             answer = refusal(error, name, context.peer(), self.log)
         if answer.meaning:
@@ -350,18 +354,32 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         buffer: U8 = self._thread.buffer
         return buffer[:size]
 
+    def _count_answer(self, made: Any, context: grpc.ServicerContext) -> None:
+        """A large answer is on its way until the call has ended: a client that asks and does not read holds it here."""
+        size = len(made) if isinstance(made, bytes) else made.ByteSize()
+        if size > UNCOUNTED_BYTES_MAX:
+            self._begin(size)
+            if not context.add_callback(lambda: self._end(size)):
+                self._end(size)
+
     @contextlib.contextmanager
     def _inflight(self, size: int) -> Iterator[None]:
+        self._begin(size)
+        try:
+            yield
+        finally:
+            self._end(size)
+
+    def _begin(self, size: int) -> None:
         limit = self.settings.inflight_bytes_max
         with self._inflight_lock:
             if self._inflight_bytes + size > limit:
                 raise errors.LimitExceeded(
-                    f"{self._inflight_bytes} bytes of appends are on their way and this one has {size}; together they "
-                    f"may have {limit}: repeat the call later, or send less in one"
+                    f"{self._inflight_bytes} bytes of appends and answers are on their way and this one has {size}; "
+                    f"together they may have {limit}: repeat the call later, or send or ask less in one"
                 )
             self._inflight_bytes += size
-        try:
-            yield
-        finally:
-            with self._inflight_lock:
-                self._inflight_bytes -= size
+
+    def _end(self, size: int) -> None:
+        with self._inflight_lock:
+            self._inflight_bytes -= size

@@ -64,6 +64,8 @@ class _Level(Generic[Name, Item]):
         flow.waits = waits
         if len(self.flows) > IDLE_FLOWS_MAX:
             self.flows = {n: f for n, f in self.flows.items() if f.waits or f.start > self.now}
+            if len(self.flows) > 2 * IDLE_FLOWS_MAX:  # so many new ones that nobody's turn comes twice
+                self.flows = {n: f for n, f in self.flows.items() if f.waits}
 
 
 class FairQueue(Generic[Item]):

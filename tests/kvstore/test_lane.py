@@ -1,5 +1,6 @@
 """The fast lane over a real engine in this process: honest clients, dead ones, and ones that write what they like."""
 
+import errno
 import os
 import socket
 import threading
@@ -395,6 +396,30 @@ def test_lanes_are_limited_and_need_the_right_machine(kvd, monkeypatch):
     monkeypatch.setattr(layout.platform, "machine", lambda: "aarch64")
     answer = kvd.stub.Attach(kvd_pb2.AttachRequest(region_bytes=MIB, lane=True))
     assert answer.lane_version == 0
+
+
+def test_without_threads_or_descriptors_a_client_gets_no_lane(kvd, monkeypatch):
+    def no_more(*_):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    def no_thread(*_):
+        raise RuntimeError("can't start new thread")
+
+    session_id, payload = filled(kvd, 1)
+    for what, harm in (("hga_kvd.lane.os.memfd_create", no_more), ("hga_kvd.lane.os.dup", no_more)):
+        with monkeypatch.context() as patch:
+            patch.setattr(what, harm)
+            assert kvd.service.lanes.open(1) == ()
+        wait_for(lambda: not lane_threads())
+    with monkeypatch.context() as patch:
+        patch.setattr("hga_kvd.lanes.threading.Thread.start", no_thread)
+        assert kvd.service.lanes.open(1) == ()
+    assert not kvd.service.lanes._threads
+    client = LaneClient(kvd.stub, kvd.path)
+    fetch(client, session_id, all_keys(1))
+    assert client.completion()[0] == 0
+    assert client.memory[: payload.size].tobytes() == records_of(payload, all_keys(1)).tobytes()
+    client.close()
 
 
 def test_a_client_that_asks_for_no_lane_gets_one_descriptor(kvd):

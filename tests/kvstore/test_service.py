@@ -1,6 +1,8 @@
 """The gRPC face over a real engine in RAM, in this process: every call, every status, payloads both ways."""
 
+import contextlib
 import json
+import socket
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -344,6 +346,64 @@ def test_payloads_on_their_way_are_limited(running):
     go_on.set()
     assert call.result(20).chunk_count == 1
     assert append(kvd.stub, other, payload_of(1)) == 1
+
+
+class Stalling:
+    """Stands between a client and a daemon's TCP address; once `stalled`, the client gets nothing more."""
+
+    def __init__(self, target):
+        host, port = target.rsplit(":", 1)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._server = socket.create_connection((host, int(port)))
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.stalled = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        self._client, _ = self._listener.accept()
+        threading.Thread(target=self._carry, args=(self._client, self._server), daemon=True).start()
+        self._carry(self._server, self._client)
+
+    def _carry(self, source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if source is self._server and self.stalled.is_set():
+                    return
+                sink.sendall(data)
+
+    def close(self):
+        for one in (self._server, self._client):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self._listener.close()
+
+
+def test_answers_that_nobody_reads_are_limited(running):
+    keys = np.tile(all_keys(3), 20)  # 1 MB; sockets hold a few of them
+    size = len(keys) * GEOMETRY.record_bytes
+    limit = 10 * size + size // 2
+    kvd = running(inflight_bytes_max=limit)
+    session_id = open_session(kvd.stub).session_id
+    append(kvd.stub, session_id, payload_of(3))
+    request = kvd_pb2.FetchRequest(session_id=session_id, keys=keys.tobytes())
+    way = Stalling(kvd.server.targets[1])
+    with grpc.insecure_channel(way.target) as channel:
+        stub = kvd_pb2_grpc.KvdStub(channel)
+        assert len(stub.Fetch(request).payload) == size
+        wait_for(lambda: kvd.service._inflight_bytes == 0)
+        way.stalled.set()
+        calls = [stub.Fetch.future(request) for _ in range(40)]
+        wait_for(lambda: kvd.service._inflight_bytes > 9 * size)
+        wait_for(lambda: "together they may have" in kvd.stream.text)
+        code, sentence, meaning = refused(kvd.stub.Fetch, request)
+        assert (code, meaning) == (CODE.RESOURCE_EXHAUSTED, "LimitExceeded")
+        assert str(limit) in sentence
+        assert kvd.stub.Stat(kvd_pb2.StatRequest()).version  # small answers go on
+        way.close()
+        assert all(call.exception(20) for call in calls)
+    wait_for(lambda: kvd.service._inflight_bytes == 0)
+    assert len(kvd.stub.Fetch(request).payload) == size
 
 
 def test_an_unexpected_error_is_internal_and_logged(kvd, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hga_kvd import errors, turns
 from hga_kvd.config import MIB
-from hga_kvd.messages import CLIENT_KEY
+from hga_kvd.messages import CLIENT_KEY, CLIENTS_OF_PEER, client_of
 from hga_kvd.turns import FairQueue, Turns
 from hga_kvd_client.connection import Connection
 from hga_kvd_proto.v1 import kvd_pb2
@@ -126,6 +126,31 @@ def test_flows_are_forgotten_when_they_are_many():
     assert len(queue._tenants.flows) <= turns.IDLE_FLOWS_MAX + 2
     queue.rest()
     assert not queue._tenants.flows
+
+
+def test_ever_new_names_take_no_memory():
+    queue = FairQueue()
+    for number in range(10 * turns.IDLE_FLOWS_MAX):
+        queue.put("t", number, 100, number)
+        queue.put("t", number + 0.5, 100, number)
+        taken(queue, 1 if number < 10 else 2)  # somebody always waits, and nobody comes twice
+    assert len(queue._tenants.flows["t"].clients.flows) <= 2 * turns.IDLE_FLOWS_MAX + 20
+
+
+def test_a_peer_has_so_many_shares_whatever_it_calls_itself():
+    class Context:
+        def __init__(self, name):
+            self.name = name
+
+        def peer(self):
+            return "unix:"
+
+        def invocation_metadata(self):
+            return (("user-agent", "x"), (CLIENT_KEY, self.name))
+
+    clients = {client_of(Context(f"client {number}")) for number in range(10_000)}
+    assert len(clients) == CLIENTS_OF_PEER
+    assert client_of(Context("a")) == client_of(Context("a"))
 
 
 def in_thread(one, *arguments):
@@ -317,7 +342,7 @@ def test_clients_of_one_socket_have_a_share_each():
         running.close()
 
 
-def test_connections_say_who_they_are():
+def test_connections_say_who_they_are(monkeypatch):
     running = Running()
     try:
         session_id = open_session(running.stub).session_id
@@ -329,6 +354,8 @@ def test_connections_say_who_they_are():
             return turn(tenant, client, *arguments)
 
         running.service.calls.turns.turn = notes
+        names = iter(["one", "other"])
+        monkeypatch.setattr("hga_kvd_client.link.secrets.token_hex", lambda _: next(names))
         connections = [Connection(f"unix:{running.path}", transport="bytes") for _ in range(2)]
         for connection in connections * 2:
             connection.fetch(connection.open("s", None, create=False).session_id, all_keys(1))
