@@ -43,7 +43,7 @@ def pair(monkeypatch, router="hga", kv_dtype="model"):
 @pytest.mark.usefixtures("_on_cpu")
 @pytest.mark.parametrize("why", ["bank", "rows"])
 def test_what_kernels_cannot_search_or_move_is_decoded_without_them(why):
-    options = replace(OPTIONS, bank_groups=1025 if why == "bank" else 16)
+    options = replace(OPTIONS, bank_groups=513 if why == "bank" else 16)
     session, tokens = Client(FakeConnection()).open("s", GEOMETRY, ROPE, options), Tokens(701)
     if why == "rows":
         session._attending.on_device._row_bytes = 12
