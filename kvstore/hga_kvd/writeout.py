@@ -46,7 +46,6 @@ class WriteOut:
         self.dirty: OrderedDict[int, Session] = OrderedDict()  # residency's lock; oldest first
         self.named: dict[int, int] = {}  # sessions in the manifest on disk, and the epoch that it tells of
         self.unsure = True  # a manifest was not written well: the one on disk may name what `named` does not
-        self.session_ids_end = 0  # as reserved in the manifest
         self.evicted_sessions = 0
         self._evict = evict
         self._dead: list[Places] = []  # what the manifest on disk may still name
@@ -291,7 +290,6 @@ class WriteOut:
         with self._lock:
             self.unsure = False
             self.named = {entry.session_id: entry.epoch for entry in manifest.sessions}
-            self.session_ids_end = manifest.next_session_id
         self._copy_manifest(manifest, content)  # before what it may still name is given back
         if self._free or dead:
             could = self.segments.can_punch

@@ -18,14 +18,14 @@ CHUNKS = 6
 
 
 @pytest.fixture
-def engines(tmp_path):
+def engines(disk_path):
     """Makes an engine on one directory, in this process; the last one is shut down."""
     running = []
 
     def start():
         stop()
         log = make_log("error", io.StringIO())
-        settings = Settings(nvme=tmp_path, ram=8 << 20, segment_bytes=1 << 20)
+        settings = Settings(nvme=disk_path, ram=8 << 20, segment_bytes=1 << 20)
         disk = make_disk(settings, log)
         try:
             running.append(Engine(settings, disk, background=False))
@@ -44,7 +44,7 @@ def engines(tmp_path):
 
 
 @pytest.fixture
-def store(engines, tmp_path):
+def store(engines, disk_path):
     """Two sessions, one forked from the other and truncated, with summaries; no daemon on it."""
     engine = engines()
     one = engine.open("one", GEOMETRY, create=True).session_id
@@ -56,7 +56,7 @@ def store(engines, tmp_path):
     engine.append(two, 2, 1, payload_of(1, seed=9), b"", epoch=1)
     engine.flush(two)
     engines.stop()
-    return tmp_path
+    return disk_path
 
 
 def check(engine):
