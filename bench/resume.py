@@ -7,12 +7,17 @@ attend; `read` is the same bytes through a Connection, and dropped.
 A disk may answer what was read before from a cache of its host, up to four times faster. So everything is compared in one
 state. `cold`: bytes that were written and never read; a session of a new store, between two probes, files of as many bytes
 that were written with it, which fio reads once, in sequence. `again`: all of them once more.
+
+A session keeps most of what it reads, and fio nothing. `fresh` is what new memory for that takes by itself, in a process of
+its own: a guest that gives freed memory back to its host waits for each page again.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,6 +47,7 @@ GEOMETRY = Geometry(layers=48, kv_heads=4, head_dim=128, dtype="bfloat16", rope=
 SPEC = SketchSpec.of_basis(GEOMETRY.head_dim)
 STATE_BYTES = GEOMETRY.layers * GEOMETRY.kv_heads * SPEC.chunk_bytes  # of a chunk
 OPTIONS = SessionOptions(router="sketch")
+WINDOW_CHUNKS = OPTIONS.sink_chunks + OPTIONS.recent_chunks
 FILL_CHUNKS = 4
 CHUNKS = 1024
 PROBE_BLOCK_BYTES = 8 << 20
@@ -99,7 +105,7 @@ def write_probe(path: Path) -> None:
     block = aligned_buffer(PROBE_BLOCK_BYTES)
     block[:] = np.random.default_rng().integers(0, 256, len(block), np.uint8)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
-    for at in range(0, CHUNKS * STATE_BYTES + 10 * GEOMETRY.chunk_bytes, len(block)):
+    for at in range(0, CHUNKS * STATE_BYTES + WINDOW_CHUNKS * GEOMETRY.chunk_bytes, len(block)):
         os.pwrite(file, block.data, at)
     os.fsync(file)
     os.close(file)
@@ -114,6 +120,18 @@ def sequential_gbs(path: Path, kind: str) -> float:
     if speed is None:
         raise RuntimeError("fio cannot read into huge pages here: it takes root, and fio")
     return speed
+
+
+def fresh_s() -> float:
+    """Seconds that a new process takes to write once to as much memory as a session keeps: sketches, basis, window."""
+    size = (
+        CHUNKS * STATE_BYTES
+        + WINDOW_CHUNKS * GEOMETRY.chunk_bytes
+        + sum(len(part) for _, part in basis_parts(made_basis()))
+    )
+    code = f"import mmap, time; m = mmap.mmap(-1, {size}); t = time.perf_counter()\n"
+    code += f"for at in range(0, {size}, 4096): m[at] = 1\nprint(time.perf_counter() - t)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def through_new_daemon(directory: Path, does: Callable[[Connection, int], int | None]) -> tuple[float, int | None]:
@@ -139,12 +157,13 @@ def one_store(directory: Path, repeats: int) -> list[dict[str, Any]]:
     before = sequential_gbs(probes[0], "huge")
     cold_s, _ = through_new_daemon(directory, open_session)
     rows: list[dict[str, Any]] = [{"state": "cold", "fio_huge_gbs": (before + sequential_gbs(probes[1], "huge")) / 2}]
-    rows[0]["session_s"] = cold_s
+    rows[0] |= {"session_s": cold_s, "fresh_s": fresh_s()}
     for _ in range(repeats):
         row: dict[str, Any] = {"state": "again"}
         row |= {f"fio_{kind}_gbs": sequential_gbs(probes[0], kind) for kind in KINDS_OF_PAGES}
         row["read_s"], size = through_new_daemon(directory, read_all)
         row["session_s"], _ = through_new_daemon(directory, open_session)
+        row["fresh_s"] = fresh_s()
         for kind in KINDS_OF_PAGES:
             row[f"fio_{kind}_gbs"] = (row[f"fio_{kind}_gbs"] + sequential_gbs(probes[1], kind)) / 2
         rows.append(row)
@@ -172,12 +191,10 @@ def main(
     for row in rows:
         for what in ("read", "session"):
             if f"{what}_s" in row:
-                shares = [
-                    f"{row[f'{what}_gbs'] / row[key]:.2f} of {row[key]:.2f} ({key})" for key in row if "fio" in key
-                ]
-                print(
-                    f"{row['state']}: {what} {row[f'{what}_s']:.2f} s, {row[f'{what}_gbs']:.2f} GB/s, {', '.join(shares)}"
-                )
+                fio = [f"{row[f'{what}_gbs'] / row[key]:.2f} of {row[key]:.2f} ({key})" for key in row if "fio" in key]
+                beside = f"; fresh memory alone {row['fresh_s']:.2f} s" if what == "session" else ""
+                gbs = f"{row[f'{what}_gbs']:.2f} GB/s, {', '.join(fio)}"
+                print(f"{row['state']}: {what} {row[f'{what}_s']:.2f} s, {gbs}{beside}")
     config = {"tokens": CHUNKS * GEOMETRY.chunk_tokens, "router": "sketch"}
     results.append("resume", config, {"stored_bytes": stored, "runs": rows}, BUILD)
 
