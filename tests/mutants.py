@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ENGINE = ROOT / "kvstore" / "hga_kvd"
 ROOTS = ("proto", "kvstore", "client", "model_patch")
 # Those that hold the guarantee; the first failure ends the run.
 TESTS = tuple(f"tests/kvstore/test_{name}.py" for name in ("recovery", "found_by_simulation", "simulation"))
@@ -54,8 +55,8 @@ MUTANTS = (
     Mutant(
         "skip a checksum of summaries",
         "recall.py",
-        "failed | items.part(mine).wrong(self._memory.data, starts[part])",
-        "failed",
+        "bad = read_verified(disk, found.items, destination)",
+        "bad = np.zeros_like(read_verified(disk, found.items, destination))",
     ),
     Mutant("keep a reference count", "index.py", "        self.refs[rows] -= 1\n", ""),
     Mutant("leave torn frames", "startup.py", "erase_heads(disk, handle, found.stale)", "pass"),
@@ -66,6 +67,13 @@ MUTANTS = (
 )
 
 
+def broken(mutant: Mutant) -> str:
+    """The file with the line changed."""
+    text = (ENGINE / mutant.file).read_text()
+    assert text.count(mutant.line) == 1, f"{mutant.file} has {text.count(mutant.line)} of the line to break"
+    return text.replace(mutant.line, mutant.instead)
+
+
 def caught_by(mutant: Mutant) -> str | None:
     """The test that notices, or None."""
     with tempfile.TemporaryDirectory(prefix="mutant") as directory:
@@ -73,10 +81,7 @@ def caught_by(mutant: Mutant) -> str | None:
         for part in (*ROOTS, "tests", "bench"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "peers", "results"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        broken = copy / "kvstore/hga_kvd" / mutant.file
-        text = broken.read_text()
-        assert text.count(mutant.line) == 1, f"{mutant.file} has {text.count(mutant.line)} of the line to break"
-        broken.write_text(text.replace(mutant.line, mutant.instead))
+        (copy / ENGINE.relative_to(ROOT) / mutant.file).write_text(broken(mutant))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *TESTS]
         paths = os.pathsep.join(str(copy / root) for root in ROOTS)
         done = subprocess.run(
