@@ -18,7 +18,6 @@ from hga_kvd.errors import AppendOutOfOrder, InvalidRequest, LimitExceeded, Stor
 from hga_kvd.index import LOST_ROW, Session
 from hga_kvd.parts import Parts
 from hga_kvd.residency import Pool
-from hga_kvd.writeout import DIRTY_SHARE_MAX
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
@@ -218,7 +217,7 @@ class AppendPath:
         self._parts.counters.appended_bytes += count * pool.geometry.chunk_bytes
         self._parts.counters.shared_chunks += count - len(fresh)
         self._parts.mark_dirty(session)
-        if self._writeout is not None and self._writeout.has_work(DIRTY_SHARE_MAX):
+        if self._writeout is not None and self._writeout.should_write(session):
             self._parts.wake.set()
         return session.chunk_count
 

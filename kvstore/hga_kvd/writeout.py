@@ -62,11 +62,14 @@ class WriteOut:
     def mark_dirty(self, session: Session) -> None:
         self.dirty.setdefault(session.session_id, session)
 
-    def has_work(self, arena_share: int) -> bool:
-        """Whether the background should write: more than one in so many bytes of the arena is dirty, or a session that
-        will be flushed has a frame's worth, which its flush need not wait for then."""
+    def should_write(self, session: Session) -> bool:
+        """Whether the background has something to do now that this session has more: much of the arena is dirty, or the
+        session will be flushed and has a frame's worth, which its flush need not wait for then."""
+        return self._is_dirty(DIRTY_SHARE_MAX) or _has_frame(session)
+
+    def _is_dirty(self, share: int) -> bool:
         arena = self._residency.arena
-        return arena_share * arena.dirty_bytes > len(arena.region) or any(map(_has_frame, self.dirty.values()))
+        return share * arena.dirty_bytes > len(arena.region)
 
     def is_durable(self, session: Session, chunk_count: int) -> bool:
         """Whether these chunks and all summaries survive power loss."""
@@ -195,12 +198,12 @@ class WriteOut:
         return list(self.dirty.values())
 
     def write_ahead(self) -> bool:
-        """A round, where there is work for one. Raises as `round`."""
+        """A round of what `should_write` means. False: there is nothing left. Raises as `round`."""
         with self.barrier:
             with self._lock:
-                has_work = self.has_work(DIRTY_SHARE_MIN)
                 ahead = [session for session in self.dirty.values() if _has_frame(session)]
-            return has_work and self.round(ahead or None)
+                much = self._is_dirty(DIRTY_SHARE_MIN)
+            return (much or bool(ahead)) and self.round(ahead or None)
 
     def _write(self, chosen: list[Job]) -> None:
         segment = self.segments.open
