@@ -199,6 +199,7 @@ def _head_of(fields: dict[str, Any]) -> Head:
     name, chunk_count = fields["name"], fields["chunk_count"]
     if not isinstance(name, str) or not isinstance(chunk_count, int) or not 0 <= chunk_count < 1 << 32:
         raise TypeError("name or chunk_count")
+    name.encode()  # JSON has text that UTF-8 has not, and a ValueError for it
     geometry = fields["geometry"]
     for field in ("layers", "kv_heads", "head_dim", "chunk_tokens", "group_tokens"):
         if not isinstance(geometry[field], int):

@@ -132,6 +132,11 @@ def test_another_head_or_version_is_refused():
             read(changed)
 
 
+def test_a_name_that_no_message_can_carry_is_refused():
+    with pytest.raises(BadArchive, match="surrogates"):
+        read(archive([Part(END, 0, 0)], Head("\ud800", GEOMETRY, 0)))
+
+
 def test_a_length_is_bounded_before_it_is_believed():
     class Source(io.BytesIO):
         def read(self, length=-1):

@@ -3,7 +3,9 @@
 import grpc
 import numpy as np
 import pytest
+from hga_kvd.archive import END, Head, Part, encode_head, encode_part
 from hga_kvd.commands import transfer
+from hga_kvd.geometry import Geometry
 from hga_kvd_proto.v1 import kvd_pb2
 from wire import GEOMETRY, all_keys, append, command, open_session, payload_of, records_of, rot
 
@@ -131,6 +133,11 @@ def test_a_bad_file_leaves_no_session(small_batches, running, payload, tmp_path)
         refused(command("import", file, "--name", "copy", *target), said)
         with pytest.raises(grpc.RpcError):
             running.stub().Open(kvd_pb2.OpenRequest(name="copy"))
+    # Of no name, which would be a temporary session that is nobody's.
+    head = Head("", Geometry(2, 2, 32, "float16"), 0)
+    file.write_bytes(encode_head(head) + encode_part(Part(END, 0, 0), 0, "raw", 2))
+    refused(command("import", file, *target), "does not name its session: give it a --name")
+    assert running.stub().Stat(kvd_pb2.StatRequest()).sessions == 1
     check(running.stub(), "novel", payload)
 
 

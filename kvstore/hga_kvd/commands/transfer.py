@@ -87,6 +87,8 @@ def import_(
     with daemon_at(target) as (_, stub), _told(), file.open("rb") as source:
         head = read_head(source)
         given = name or head.name
+        if not given:  # a session without one is temporary, and nobody's
+            raise Failed(f"{file} does not name its session: give it a --name")
         geometry = kvd_pb2.Geometry(**asdict(head.geometry))
         request = kvd_pb2.OpenRequest(name=given, geometry=geometry, create=True)
         session = stub.Open(request, timeout=CALL_TIMEOUT_S)
