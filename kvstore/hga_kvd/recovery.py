@@ -92,7 +92,11 @@ def walk_all(disk: Disk, unread: Iterable[Unread]) -> list[Walk | None]:
         while waiting and len(asking) < WALKS_MAX:
             number, segment = waiting.popleft()
             steps = _Walker(segment, disk.size(segment.handle)).walk()
-            asking.append((number, segment.handle, steps, next(steps)))
+            first = next(steps, None)
+            if first is not None:  # a file too short for a header asks for nothing
+                asking.append((number, segment.handle, steps, first))
+        if not asking:
+            break
         batch, ends = [asking.popleft()], [0]
         ends.append(batch[0][3][1])
         while asking and ends[-1] + asking[0][3][1] <= len(buffer):

@@ -457,6 +457,19 @@ def test_a_manifest_that_cannot_be_written(error: int) -> None:
         engine.delete(session)
 
 
+@pytest.mark.parametrize("left", [0, 512])
+def test_a_segment_cut_to_less_than_its_header_is_lost_and_the_others_are_not(left: int) -> None:
+    disk = SimDisk()
+    filled(disk, 20).shutdown()
+    disk.put(SEGMENT, disk.get(SEGMENT)[:left])
+    again = make(disk)
+    info = again.open("a", None, create=False)
+    assert info.chunk_count == 20
+    lost = again.info(1).damaged_records // (WIDE.layers * WIDE.records_per_extent)
+    assert lost == (2 * MIB - 4096) // FRAME
+    check(again, 20, tuple(range(lost)))
+
+
 @pytest.mark.parametrize("bad", [range(1, 2048), (34,), (34, 41, 100, 1500)], ids=["all", "one", "some"])
 def test_a_device_that_cannot_be_read_is_not_asked_for_every_block(bad: range | tuple[int, ...]) -> None:
     disk = SimDisk()
