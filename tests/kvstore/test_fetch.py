@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hga_kvd import misses
 from hga_kvd.answers import STATUS_LATE, Fetched
+from hga_kvd.arena import FILLING
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
+from hga_kvd.errors import SessionNotFound, StaleEpoch
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.memory import aligned_buffer
-from hga_kvd.testing.oracle import records_of
+from hga_kvd.testing.oracle import random_keys, records_of
 from hga_kvd.testing.simdisk import SimDisk
 
 MIB = 1 << 20
@@ -46,7 +48,8 @@ def on_disk(geometry: Geometry = WIDE, count: int = 8) -> tuple[Meddling, Engine
     engine = Engine(Settings(ram=4 * MIB, segment_bytes=8 * MIB), disk, background=False)
     session = engine.open("a", geometry, create=True).session_id
     chunks = np.random.default_rng(1).integers(0, 256, (count, geometry.chunk_bytes), np.uint8)
-    engine.append(session, 0, count, chunks.reshape(-1), b"")
+    for first in range(0, count, 8):
+        engine.append(session, first, 8, chunks[first : first + 8].reshape(-1), b"")
     engine.park(session)
     return disk, engine, session, chunks
 
@@ -117,6 +120,43 @@ def test_when_the_call_that_reads_fails_the_other_one_reads_itself(how: str) -> 
     assert (fetched.statuses, fetched.ram_records + fetched.nvme_records) == (None, 1)
     assert (found == records_of(WIDE, chunks, KEY)).all()
     assert not engine._residency.pools[0].slots.pins.any()
+
+
+@pytest.mark.parametrize("count", [8, 100])  # few.py, misses.py
+@pytest.mark.parametrize("what", ["parked", "deleted", "truncated", "crowded out"])
+def test_what_becomes_of_a_session_while_it_is_read_harms_neither_the_fetch_nor_the_arena(
+    what: str, count: int
+) -> None:
+    disk, engine, session, chunks = on_disk(count=40)  # 80 extents, for 64 slots
+    keys = random_keys(np.random.default_rng(2), WIDE, 8, count)
+    others = random_keys(np.random.default_rng(3), WIDE, 32, 500)
+    others["group"] += 8 * WIDE.groups_per_chunk  # of chunks that are not being read: this thread would wait for itself
+
+    def crowd() -> None:
+        for first in range(0, 500, 100):
+            fetch(engine, session, others[first : first + 100])
+
+    disk.meanwhile = {
+        "parked": lambda: engine.park(session),
+        "deleted": lambda: engine.delete(session),
+        "truncated": lambda: engine.truncate(session, 0, 0),
+        "crowded out": crowd,
+    }[what]
+    gone = {"deleted": SessionNotFound, "truncated": StaleEpoch}.get(what)
+    if gone is not None and count > misses.STEP:  # what was left to read is a hole by now
+        with pytest.raises(gone):
+            fetch(engine, session, keys)
+    else:
+        fetched, found = fetch(engine, session, keys)
+        assert fetched.statuses is None
+        assert (found == records_of(WIDE, chunks, keys)).all()
+    assert disk.meanwhile is None
+    slots = engine._residency.pools[0].slots
+    assert not slots.pins.any()
+    assert not slots.doomed.any()
+    assert not (slots.state == FILLING).any()
+    assert slots.held_count + slots.free_count == slots.page_count * slots.slots_per_page
+    assert bool(slots.held_count) == (gone is None)
 
 
 def test_a_deadline_ends_the_wait_for_another_call() -> None:
