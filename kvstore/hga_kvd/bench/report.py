@@ -18,7 +18,8 @@ def table(cases: Iterable[Case], memory_gb_per_s: float) -> Table:
     """One line a case: medians over the samples, latencies over all calls."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("", "GB/s", "spread", "p50 us", "p99 us", "of ref.", "disk", "s/GB", "limit"):
-        made.add_column(heading, justify="left" if heading in ("", "limit") else "right", no_wrap=True)
+        # Where the line is too short, names are folded and numbers stay whole.
+        made.add_column(heading, justify="left" if heading in ("", "limit") else "right", no_wrap=heading != "")
     profile = ""
     for case in cases:
         if case.profile != profile:
@@ -33,12 +34,17 @@ def table(cases: Iterable[Case], memory_gb_per_s: float) -> Table:
             f"{min(speeds):.2f}-{max(speeds):.2f}",
             f"{1e6 * case.latency_s(0.5):.0f}",
             f"{1e6 * case.latency_s(0.99):.0f}",
-            f"{statistics.median(ratios):.2f}" if ratios else "",
+            f"{statistics.median(ratios):.2f}" if ratios else _beside(case),
             f"{statistics.median(shares):.0%}",
             f"{cost:.2f}" if cost is not None else "",
             limit(case.shares(memory_gb_per_s)),
         )
     return made
+
+
+def _beside(case: Case) -> str:
+    ratio = case.parameters.get("p99_over_alone", 1)
+    return f"{ratio:.1f}x" if ratio != 1 else ""
 
 
 def legend(cases: list[Case], memory_gb_per_s: float) -> list[str]:
@@ -47,11 +53,9 @@ def legend(cases: list[Case], memory_gb_per_s: float) -> list[str]:
     for name in dict.fromkeys(case.reference for case in cases if case.reference):
         of_it = dict.fromkeys(case.profile for case in cases if case.reference == name)
         lines.append(f"of ref., {', '.join(of_it)}: speed over that of {name}, in the same run")
+    if any(_beside(case) for case in cases):
+        lines.append("of ref., mixed: p99 over that of the same fetches alone, as 1.5x, in the same run")
     for case in cases:
-        if "p99_over_alone" in case.parameters and case.parameters["p99_over_alone"] != 1:
-            lines.append(
-                f"{case.profile}, {case.case}: p99 {case.parameters['p99_over_alone']:.2f} times that of alone"
-            )
         if "resume_s" in case.parameters:
             lines.append(f"{case.profile}: {1e3 * statistics.median(case.parameters['resume_s']):.0f} ms in all")
         if case.parameters.get("of_fio") and case.call == "step":
@@ -91,20 +95,30 @@ def plots(cases: list[Case], directory: Path) -> list[Path]:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     directory.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(9, 6))
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        of_burst = f", {case.parameters['from']}" if case.profile == "burst" else ""
+        groups.setdefault(case.profile + of_burst, []).append(case)
+    rows = -(-len(groups) // 2)
+    figure, panels = plt.subplots(rows, 2, figsize=(13, 4.5 * rows), sharex=True, sharey=True, squeeze=False)
     tails = np.logspace(0, 3, 60)  # one call in so many is slower
-    colors = mpl.colormaps["tab20"](np.arange(20))
-    for number, case in enumerate(cases):
-        values = [1e6 * case.latency_s(1 - 1 / tail) for tail in tails]
-        label = f"{case.profile}: {case.case}"
-        axes.plot(tails, values, color=colors[number % len(colors)], label=label)
-    axes.set(xlabel="percentile", ylabel="microseconds a call", xscale="log", yscale="log", title="latency")
-    axes.set_xticks([1, 2, 10, 100, 1000], ["least", "50", "90", "99", "99.9"])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=6, ncols=2)
+    for axes, (name, of_group) in zip(panels.flat, groups.items(), strict=False):
+        colors = mpl.colormaps["tab20"](np.arange(20))
+        for number, case in enumerate(of_group):
+            values = [1e6 * case.latency_s(1 - 1 / tail) for tail in tails]
+            axes.plot(tails, values, color=colors[number % len(colors)], label=case.case)
+        axes.set(ylabel="microseconds a call", xscale="log", yscale="log", title=name)
+        axes.set_xticks([1, 2, 10, 100, 1000], ["least", "50", "90", "99", "99.9"])
+        axes.tick_params(labelbottom=True)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    for axes in panels.flat[len(groups) :]:
+        axes.set_axis_off()
+    figure.suptitle("latency by percentile")
     written = [directory / "latency.png"]
     figure.tight_layout()
-    figure.savefig(written[0], dpi=120)
+    figure.savefig(written[0], dpi=110)
     plt.close(figure)
 
     for origin in ("disk", "ram"):
@@ -126,6 +140,8 @@ def plots(cases: list[Case], directory: Path) -> list[Path]:
                 axes.plot(depths, medians, color=line.get_color(), linestyle="--", marker=".", label=label)
         axes.set(xlabel="reads a fetch", ylabel="GB/s", xscale="log", title=f"burst from {origin}")
         axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         written.append(directory / f"burst_{origin}.png")

@@ -33,7 +33,7 @@ PROFILES: dict[str, Callable[[Daemon, Options], Iterator[str | Case]]] = {
     "resume": resume,
     "mixed": mixed,
 }
-LINE_WIDTH = 120  # of the table in a file or a pipe
+LINE_WIDTH = 128  # of the table in a file or a pipe
 
 
 def measure(
