@@ -16,12 +16,14 @@ The engine's lock guards everything here except the copies, which touch only slo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
+Number = TypeVar("Number", int, I64)
 
 PAGE_BYTES = 2 << 20
 BLOCK_BYTES = 4096
@@ -63,11 +65,7 @@ class SlotClass:
         self.slots_per_page = PAGE_BYTES // self.stride
         pages = len(region) // PAGE_BYTES
         self.slot_count = 1 + pages * self.slots_per_page
-        slots = np.arange(self.slot_count) - 1
-        page, place = np.divmod(slots, self.slots_per_page)
-        self.offset: I64 = page * PAGE_BYTES + place * self.stride  # of a slot in the region, bytes
-        self.offset[0] = 0
-        self.first_unit: I64 = self.offset // self.unit
+        self.page_rest = PAGE_BYTES - self.slots_per_page * self.stride  # bytes of a page behind its last slot
         # Large arrays of zeros cost memory only where they are written.
         self.state: U8 = np.zeros((self.slot_count, records), np.uint8)
         self.pins = np.zeros(self.slot_count, np.int32)
@@ -172,7 +170,7 @@ class SlotClass:
     def gather(self, slots: I64, records: I64, destination: U8) -> None:
         """Records to `destination`, 1-D, len(slots) * record_bytes. Where a slot is 0, it stays as it is."""
         if slots.all():
-            first = self.first_unit[slots] + records * self.units_per_record
+            first = self.offsets(slots) // self.unit + records * self.units_per_record
             copy_rows(self.units, first, self.units_per_record, destination.reshape(-1, self.unit))
         else:
             some = np.flatnonzero(slots)
@@ -181,12 +179,18 @@ class SlotClass:
 
     def starts(self, slots: I64, records: I64) -> I64:
         """Where these records lie in the region, bytes."""
-        return self.offset[slots] + records * self.record_bytes
+        return self.offsets(slots) + records * self.record_bytes
+
+    def offsets(self, slots: Number) -> Number:
+        """Where these slots begin in the region, bytes; below 0 for slot 0. Reckoned: an array of them would be one more
+        line of the cache that every record of a large session misses (8 of 1 M tokens: 26 us instead of 31)."""
+        offsets = (slots - 1) * self.stride
+        return offsets + (slots - 1) // self.slots_per_page * self.page_rest if self.page_rest else offsets
 
     def put_extents(self, slots: I64, source: U8) -> None:
         """`source`: [len(slots), extent_bytes]. What a slot has behind its extent becomes zeros."""
         region = self.units.reshape(-1)
-        for at, extent in zip(self.offset[slots].tolist(), source, strict=True):
+        for at, extent in zip(self.offsets(slots).tolist(), source, strict=True):
             region[at : at + self.extent_bytes] = extent
             region[at + self.extent_bytes : at + self.stride] = 0
 

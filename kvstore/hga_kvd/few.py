@@ -61,11 +61,11 @@ def claim(residency: Residency, disk: Disk | None, log: SegmentLog | None, pool:
     slots.pin_few(fresh.values())
     few.pinned += fresh.values()
     pool.policy.touch_few(found.used + present)
-    state, slot_offset, disk_offset = slots.state.data, slots.offset.data, table.offset.data
+    state, disk_offset = slots.state.data, table.offset.data
     checksum_of = table.checksums.data
     for key, row, layer, record, held in missing:
         slot = held or fresh[row, layer]
-        found.starts[key] = start = slot_offset[slot] + record * size
+        found.starts[key] = start = slots.offsets(slot) + record * size
         state[slot, record] = FILLING
         segment = log.segments[segment_of[row]]
         segment.pins += 1

@@ -48,7 +48,7 @@ def fetch_few(parts: Parts, session_id: int, packed: bytes, into: memoryview, ep
 
 @dataclass(slots=True, eq=False)
 class Found:
-    """starts: where each key's record lies in the arena; of a missing one, where slot 0 would have it."""
+    """starts: where each key's record lies in the arena; of a missing one that has no slot, nothing that counts."""
 
     starts: list[int]
     used: list[int]  # slots of those that are there
@@ -61,7 +61,7 @@ def find(session: Session, pool: Pool, keys: Iterable[tuple[int, int, int]]) -> 
     layers, kv_heads, per_chunk = geometry.layers, geometry.kv_heads, geometry.groups_per_chunk
     group_count, size = session.chunk_count * per_chunk, slots.record_bytes
     row_of, slot_of = session.rows.data, pool.table.slot.data
-    state, offset_of = slots.state.data, slots.offset.data
+    state, stride, per_page, page_rest = slots.state.data, slots.stride, slots.slots_per_page, slots.page_rest
     found = Found([], [], [])
     for key, (group, kv_head, layer) in enumerate(keys):
         if group >= group_count or kv_head >= kv_heads or layer >= layers:
@@ -77,7 +77,8 @@ def find(session: Session, pool: Pool, keys: Iterable[tuple[int, int, int]]) -> 
             found.missing.append((key, row, layer, record, slot))
         else:
             return None
-        found.starts.append(offset_of[slot] + record * size)
+        start = (slot - 1) * stride + record * size
+        found.starts.append(start + (slot - 1) // per_page * page_rest if page_rest else start)
     return found
 
 

@@ -172,7 +172,7 @@ def _chunk_job(residency: Residency, session: Session, pool: Pool, first: int, c
     )
     # fmt: on
     # Slots that follow one another in memory are written in one piece.
-    addresses = residency.address + pool.slots.offset[slots]
+    addresses = residency.address + pool.slots.offsets(slots)
     starts = np.flatnonzero(np.append(True, np.diff(addresses) != pool.slots.stride))
     lengths = np.diff(starts, append=len(slots)) * pool.slots.stride
     place = addresses[starts].astype(np.uint64), lengths

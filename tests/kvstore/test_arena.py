@@ -36,7 +36,7 @@ def test_records_come_back(record_bytes: int, records: int, seed: int) -> None:
     copy_records(arena.region.data, starts, again.data, np.arange(40) * record_bytes, record_bytes)
     assert (again == found).all()
     # What is written to disk with the extent holds nothing of others.
-    for at in slots.offset[taken].tolist():
+    for at in slots.offsets(taken).tolist():
         assert not arena.region[at + slots.extent_bytes : at + slots.stride].any()
 
 
@@ -48,8 +48,8 @@ def test_slots_do_not_overlap() -> None:
         arena.grow(slots, slots.slots_per_page + 1)
         taken = slots.take(slots.slots_per_page + 1)
         assert 0 not in taken
-        assert not (slots.offset[taken] % 4096).any()
-        spans += [(at, at + slots.stride) for at in slots.offset[taken].tolist()]
+        assert not (slots.offsets(taken) % 4096).any()
+        spans += [(at, at + slots.stride) for at in slots.offsets(taken).tolist()]
     spans.sort()
     assert all(a[1] <= b[0] for a, b in pairwise(spans))
     assert spans[-1][1] <= len(arena.region)
