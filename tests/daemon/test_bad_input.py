@@ -662,8 +662,8 @@ def test_an_unknown_option(daemon):
 # Stops.
 
 
-# Room for one append of CHUNKS chunks on its way, and for no other beside it.
-ONE_APPEND = {"HGA_KVD_INFLIGHT_BYTES_MAX": str(len(PAYLOAD))}
+# Room for one append of CHUNKS chunks on its way, or the answer that has as many, and for no other chunk beside it.
+ONE_APPEND = {"HGA_KVD_INFLIGHT_BYTES_MAX": str(len(PAYLOAD) + GEOMETRY.chunk_bytes // 2)}
 
 
 def begun(stub, messages, go_on):
