@@ -7,22 +7,28 @@ visibility. Attention is exact over what is opened.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hga_kvd_client.answers import Fetched
-from hga_kvd_client.attention import ExactAttention, FlashAttention, decode_attention
+from hga_kvd_client.attention import ExactAttention, FlashAttention, decode_attention, window_scores
 from hga_kvd_client.bank import Bank, Plan
 from hga_kvd_client.device_attending import DeviceAttending
 from hga_kvd_client.held import Held
 from hga_kvd_client.keys import record_keys
-from hga_kvd_client.routing import causal_union, window_log_mass
+from hga_kvd_client.routing import causal_union
 from hga_kvd_client.stored import StoredSession
 
 # Tokens that are routed together in a routed prefill, as in the paper.
 ROUTED_BLOCK_TOKENS = 64
+# Numbers in a layer's routable keys up to which a token stays on one core of a CPU: its operations take some tens of us
+# each, and to wake another core for one takes as long.
+ONE_CORE_VALUES_MAX = 4 << 20
 
 
 class Attending:
@@ -49,10 +55,13 @@ class Attending:
         if end <= first:
             self._opened[layer] = None
             return decode_attention(q, window_k, window_v, scale)
-        near = window_log_mass(q * scale, window_k) if self._routing.weighs_window else None
-        mask = self._routing.route(layer, q, scale, first, end, near)
         first_group = first * geometry.groups_per_chunk
-        plan, answer, (k, v, valid) = self._open(layer, mask, first_group)
+        values = geometry.kv_heads * (end - first) * geometry.chunk_tokens * geometry.head_dim
+        with _one_core() if q.device.type == "cpu" and values <= ONE_CORE_VALUES_MAX else contextlib.nullcontext():
+            near = window_scores(q, window_k, scale)
+            mask = self._routing.route(layer, q, scale, first, end, near.logsumexp(2))
+            plan, answer, (k, v, valid) = self._open(layer, mask, first_group)
+            out = decode_attention(q, window_k, window_v, scale, k, v, valid, near)
         if answer is not None:
             stats.ram_bytes += answer.ram_records * geometry.record_bytes
             stats.nvme_bytes += answer.nvme_records * geometry.record_bytes
@@ -60,7 +69,7 @@ class Attending:
         stats.opened_groups += plan.opened
         stats.routable_groups += mask.numel()
         stats.bank_bytes += (plan.opened - plan.misses) * geometry.record_bytes
-        return decode_attention(q, window_k, window_v, scale, k, v, valid)
+        return out
 
     def exact_block(self, layer: int, q: Tensor, scale: float, seen: int) -> Tensor:
         """Tokens up to `seen`, each sees everything before it. Float32."""
@@ -127,8 +136,7 @@ class Attending:
         plan = bank.plan(mask, first_group, self.step)
         if not plan.misses:
             return plan, None, bank.take(plan, None)
-        heads, groups = plan.missing()
-        answer = self._stored.fetch(record_keys(layer, heads.cpu().numpy(), groups.cpu().numpy()))
+        answer = self._stored.fetch(record_keys(layer, *plan.missing()))
         shape = (plan.misses, 2, geometry.group_tokens, geometry.head_dim)
         return plan, answer, bank.take(plan, self._stored.as_tensor(answer.records, shape))
 
@@ -141,8 +149,9 @@ class Attending:
         plan, answer, (k, v, valid) = self._open(layer, sees[:, -1], first_group)
         if answer is not None:
             self._count_prefill(answer)
-        opened = torch.zeros(valid.shape, dtype=torch.int64, device=valid.device)
-        opened[plan.heads, plan.ranks] = plan.groups - first_group
+        columns = np.zeros(valid.shape, np.int64)
+        columns[plan.heads, plan.ranks] = plan.groups - first_group
+        opened = torch.from_numpy(columns).to(valid.device)
         visible = sees.gather(2, opened[:, None].expand(-1, q.shape[2], -1)) & valid[:, None]
         attention.add(k, v, visible=visible)
 
@@ -157,3 +166,13 @@ class Attending:
             sizes = (geometry.kv_heads, self._options.bank_groups, geometry.group_tokens, geometry.head_dim)
             self.banks = [Bank(*sizes, self._dtype, self._device) for _ in range(geometry.layers)]
         return self.banks[layer]
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -22,23 +22,29 @@ def decode_attention(
     opened_k: Tensor | None = None,
     opened_v: Tensor | None = None,
     valid: Tensor | None = None,
+    near: Tensor | None = None,
 ) -> Tensor:
     """One query token over [window | opened], where every KV head has opened its own groups.
 
     q: [kv_heads, ratio, head_dim]; window_k, window_v: [kv_heads, window_tokens, head_dim];
     opened_k, opened_v: [kv_heads, groups * group_tokens, head_dim], padded; valid: bool [kv_heads, groups], False at
-    padding. Values at padding must be finite; they have no weight. Returns [kv_heads, ratio, head_dim], float32.
+    padding. Values at padding must be finite; they have no weight. near: window_scores, if they are known already.
+    Returns [kv_heads, ratio, head_dim], float32.
     """
-    q = q.float() * scale
-    scores = torch.bmm(q, window_k.float().transpose(1, 2))
+    scores = window_scores(q, window_k, scale) if near is None else near
     if opened_k is None or opened_v is None or valid is None or not valid.shape[1]:
         return torch.bmm(torch.softmax(scores, -1), window_v.float())
-    far = torch.bmm(q, opened_k.float().transpose(1, 2))
+    far = torch.bmm(q.float() * scale, opened_k.float().transpose(1, 2))
     far.view(*q.shape[:2], valid.shape[1], -1).masked_fill_(~valid[:, None, :, None], -torch.inf)
     # Scores are small; K and V are not, and are never concatenated.
     weights = torch.softmax(torch.cat((scores, far), -1), -1)
-    near = window_k.shape[1]
-    return torch.baddbmm(torch.bmm(weights[..., :near], window_v.float()), weights[..., near:], opened_v.float())
+    first = window_k.shape[1]
+    return torch.baddbmm(torch.bmm(weights[..., :first], window_v.float()), weights[..., first:], opened_v.float())
+
+
+def window_scores(q: Tensor, window_k: Tensor, scale: float) -> Tensor:
+    """What one token's softmax is over, of the keys it sees anyway: [kv_heads, ratio, window_tokens], float32."""
+    return torch.bmm(q.float() * scale, window_k.float().transpose(1, 2))
 
 
 class ExactAttention:

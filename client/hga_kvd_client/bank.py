@@ -2,16 +2,20 @@
 
 Per KV head `slots` places and a page table from group to slot. A step is: `plan` what the mask opens, fetch the
 misses of the plan, `take` them; if the fetch fails, the bank is as it was. Everything opened is attended, also when
-more is opened than there are slots: what does not fit is used once and not kept. All bookkeeping is done on whole
-batches.
+more is opened than there are slots: what does not fit is used once and not kept. Only records are on the device: what is
+opened must be known to the host anyway, so the bookkeeping is there, in numpy, on whole batches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -21,23 +25,23 @@ class Plan:
     slots: -1 for a miss. ranks: number within the head. missed: rows that are misses. counts: opened, [kv_heads].
     """
 
-    heads: Tensor
-    groups: Tensor
-    slots: Tensor
-    ranks: Tensor
-    missed: Tensor
-    counts: Tensor
+    heads: I64
+    groups: I64
+    slots: I64
+    ranks: I64
+    missed: I64
+    counts: I64
     step: int
 
     @property
     def opened(self) -> int:
-        return self.heads.shape[0]
+        return len(self.heads)
 
     @property
     def misses(self) -> int:
-        return self.missed.shape[0]
+        return len(self.missed)
 
-    def missing(self) -> tuple[Tensor, Tensor]:
+    def missing(self) -> tuple[I64, I64]:
         """KV heads and groups of the misses, each [misses], in storage order."""
         return self.heads[self.missed], self.groups[self.missed]
 
@@ -53,26 +57,25 @@ class Bank:
         self.slots = slots
         self.records = torch.zeros(2, kv_heads, slots, group_tokens, head_dim, dtype=dtype, device=device)
         # The last column of each table is a dummy that index -1 (no slot, no group) falls on.
-        self._slot_of_group = torch.full((kv_heads, 1), -1, dtype=torch.int32, device=device)
-        self._group_of_slot = torch.full((kv_heads, slots), -1, dtype=torch.int64, device=device)
-        self._used_at = torch.full((kv_heads, slots + 1), -1, dtype=torch.int64, device=device)
-        self._first_slot = torch.arange(0, kv_heads * slots, slots, device=device)[:, None]
+        self._slot_of_group = np.full((kv_heads, 1), -1, np.int32)
+        self._group_of_slot = np.full((kv_heads, slots), -1, np.int64)
+        self._used_at = np.full((kv_heads, slots + 1), -1, np.int64)
 
     def plan(self, mask: Tensor, first_group: int, step: int) -> Plan:
         """mask: bool [kv_heads, groups], groups first_group, first_group + 1, ... step: never less than before."""
         kv_heads = mask.shape[0]
         self._reserve(first_group + mask.shape[1])
-        heads, columns = mask.nonzero().unbind(1)
+        heads, columns = mask.cpu().numpy().nonzero()
         groups = columns + first_group
-        slots = self._slot_of_group[heads, groups].long()
+        slots = self._slot_of_group[heads, groups].astype(np.int64)
         self._used_at[heads, slots] = step
-        counts = torch.bincount(heads, minlength=kv_heads)
+        counts = np.bincount(heads, minlength=kv_heads)
         return Plan(
             heads=heads,
             groups=groups,
             slots=slots,
             ranks=_ranks(heads, counts),
-            missed=(slots < 0).nonzero().squeeze(1),
+            missed=(slots < 0).nonzero()[0],
             counts=counts,
             step=step,
         )
@@ -88,28 +91,27 @@ class Bank:
         record = self.records.view(2, kv_heads * slots, group_tokens * dim)
         place, over = plan.slots, None
         if fetched is not None:
-            fetched = fetched.reshape(plan.misses, 2, -1).transpose(0, 1)
-            fetched = fetched.to(record.device)
+            fetched = fetched.reshape(plan.misses, 2, -1).transpose(0, 1).to(record.device)
             landed = self._admit(plan)
-            place = place.index_put((plan.missed,), landed)
-            landed += self._first_slot[plan.heads[plan.missed], 0]
-            fits = place[plan.missed] >= 0
-            if bool(fits.all()):
-                record[:, landed] = fetched
-            else:
-                record[:, landed[fits]] = fetched[:, fits]
+            fits = landed >= 0
+            place = place.copy()
+            place[plan.missed] = landed.clip(0)
+            if not fits.all():
                 over = plan.missed[~fits]
+                used_once = fetched[:, self._on_device(~fits)]
+                fetched = fetched[:, self._on_device(fits)]
+            rows = landed[fits] + plan.heads[plan.missed[fits]] * slots
+            record.index_copy_(1, self._on_device(rows), fetched)
 
         width = int(plan.counts.max())
-        where = torch.zeros(kv_heads, width, dtype=torch.int64, device=record.device)
-        where[plan.heads, plan.ranks] = place if over is None else place.clamp_min(0)
-        where += self._first_slot
-        opened = record.index_select(1, where.view(-1))
-        if fetched is not None and over is not None:
-            opened[:, plan.heads[over] * width + plan.ranks[over]] = fetched[:, ~fits]
+        where = np.zeros((kv_heads, width), np.int64)
+        where[plan.heads, plan.ranks] = place
+        where += np.arange(0, kv_heads * slots, slots)[:, None]
+        opened = record.index_select(1, self._on_device(where.reshape(-1)))
+        if over is not None:
+            opened[:, self._on_device(plan.heads[over] * width + plan.ranks[over])] = used_once
         k, v = opened.view(2, kv_heads, width * group_tokens, dim).unbind(0)
-        valid = torch.arange(width, device=record.device) < plan.counts[:, None]
-        return k, v, valid
+        return k, v, self._on_device(np.arange(width) < plan.counts[:, None])
 
     def forget(self, first_group: int) -> None:
         """Drops the records of groups from first_group on: what is stored there will be something else."""
@@ -119,21 +121,23 @@ class Bank:
         self._used_at[:, :-1][stale] = -1
 
     def resident_bytes(self) -> int:
-        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
+        return sum(part.nbytes for part in vars(self).values() if isinstance(part, Tensor | np.ndarray))
 
-    def _admit(self, plan: Plan) -> Tensor:
+    def _on_device(self, array: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Tensor:
+        return torch.from_numpy(array).to(self.records.device)
+
+    def _admit(self, plan: Plan) -> I64:
         """Gives the misses the slots used longest ago, never one used in this step. Returns slots, -1: does not fit."""
         heads, groups = plan.missing()
         used_at = self._used_at[:, :-1]
-        oldest = used_at.argsort(dim=1, stable=True)
+        oldest = used_at.argsort(axis=1, kind="stable")
         free = (used_at < plan.step).sum(1)
-        ranks = _ranks(heads, torch.bincount(heads, minlength=free.shape[0]))
+        ranks = _ranks(heads, np.bincount(heads, minlength=len(free)))
         fits = ranks < free[heads]
-        slots = oldest[heads, ranks.clamp_max(self.slots - 1)]
-        slots = torch.where(fits, slots, -1)
+        slots = np.where(fits, oldest[heads, ranks.clip(max=self.slots - 1)], -1)
         heads, groups, kept = heads[fits], groups[fits], slots[fits]
         self._slot_of_group[heads, self._group_of_slot[heads, kept]] = -1
-        self._slot_of_group[heads, groups] = kept.int()
+        self._slot_of_group[heads, groups] = kept
         self._group_of_slot[heads, kept] = groups
         self._used_at[heads, kept] = plan.step
         return slots
@@ -143,10 +147,10 @@ class Bank:
         if groups > have:
             table = self._slot_of_group
             more = max(groups, have + self.GROWTH_GROUPS) - have
-            self._slot_of_group = torch.cat((table[:, :-1], table.new_full((table.shape[0], more + 1), -1)), 1)
+            self._slot_of_group = np.pad(table[:, :-1], ((0, 0), (0, more + 1)), constant_values=-1)
 
 
-def _ranks(heads: Tensor, counts: Tensor) -> Tensor:
+def _ranks(heads: I64, counts: I64) -> I64:
     """Number of each row within its head. heads: [rows], sorted; counts: rows of each head."""
-    before = counts.cumsum(0) - counts
-    return torch.arange(heads.shape[0], device=heads.device) - before[heads]
+    before = counts.cumsum() - counts
+    return np.arange(len(heads)) - before[heads]

@@ -70,19 +70,14 @@ def route_sketch(log_mass: Tensor, window_log_mass: Tensor, budget: int, cover: 
     mass = (log_mass - everything[..., None]).exp().sum(1)  # [kv_heads, *tokens, groups]
     rows = mass.movedim(0, -2).flatten(-2)  # [*tokens, kv_heads * groups]
     best = rows.topk(min(budget, rows.shape[-1]), dim=-1)
-    # Taken while what was left before it is more than may be left. The largest come first.
-    left = rows.sum(-1, keepdim=True) - best.values.cumsum(-1) + best.values
-    taken = left > (1.0 - cover) * kv_heads * ratio if cover < 1.0 else torch.ones_like(best.values, dtype=torch.bool)
-    opened = torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, best.indices, taken)
+    opened = torch.zeros_like(rows, dtype=torch.bool)
+    if cover < 1.0:
+        # Taken while what was left before it is more than may be left. The largest come first.
+        left = rows.sum(-1, keepdim=True) - best.values.cumsum(-1) + best.values
+        opened.scatter_(-1, best.indices, left > (1.0 - cover) * kv_heads * ratio)
+    else:
+        opened.scatter_(-1, best.indices, True)
     return opened.view(*mass.shape[1:-1], kv_heads, groups).movedim(-2, 0)
-
-
-def window_log_mass(q: Tensor, k: Tensor) -> Tensor:
-    """Exact log of the attention mass of keys that one token sees anyway.
-
-    q: [kv_heads, ratio, head_dim], scaled already; k: [kv_heads, keys, head_dim]. Returns [kv_heads, ratio], float32.
-    """
-    return torch.bmm(q.float(), k.float().transpose(1, 2)).logsumexp(2)
 
 
 def route_all(kv_heads: int, groups: int, device: torch.device) -> Tensor:

@@ -213,31 +213,22 @@ def log_mass(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Te
     z . y + offset. The twin of the kernel.
 
     Keys are not decoded: codes times their steps meet z, and what all tokens of a block share is added once. No tensor is
-    larger than the scores or one field of the codes.
+    larger than the scores or the codes as float32.
 
     z, offset: as Basis.project returned them, [kv_heads, queries, head_dim] and [kv_heads, queries]; records: uint8
     [kv_heads, chunks, chunk_bytes]. Returns [kv_heads, queries, chunks * groups_per_chunk], float32.
     """
     kv_heads, chunks, _ = records.shape
     blocks, groups = chunks * spec.blocks, chunks * spec.groups_per_chunk
-    mean = widened(records[..., spec.mean_offset : spec.step_offset]).reshape(kv_heads, blocks, spec.head_dim)
-    step = widened(records[..., spec.step_offset :]).reshape(kv_heads, blocks, spec.kept).transpose(1, 2)
-    shared = torch.bmm(z, mean.transpose(1, 2))  # [kv_heads, queries, blocks]
-    by_group = records[..., : spec.mean_offset].view(kv_heads, chunks, spec.groups_per_chunk, spec.group_bytes)
-    scores = torch.zeros(kv_heads, z.shape[1], groups, spec.group_tokens, device=z.device)
-    offset_bytes = 0
+    small = widened(records[..., spec.mean_offset :])
+    mean = small[..., : spec.blocks * spec.head_dim].reshape(kv_heads, blocks, spec.head_dim)
+    step = small[..., spec.blocks * spec.head_dim :].reshape(kv_heads, blocks, spec.kept).transpose(1, 2).contiguous()
+    shared = torch.bmm(z, mean.transpose(1, 2))
     for bits, first, end in spec.planes:
-        dims, row_bytes = end - first, spec.group_tokens * bits // 8
-        packed = _in_rows(by_group[..., offset_bytes : offset_bytes + dims * row_bytes], row_bytes)
-        mask = int.from_bytes(bytes([2**bits - 1]) * packed.itemsize, "little")
-        mine, steps = z[..., first:end], step[:, first:end]
-        for field in range(8 // bits):
-            codes = ((packed >> (bits * field)) & mask).view(torch.uint8).float()
-            codes.view(kv_heads, dims, blocks, -1).mul_(steps[..., None])
-            tokens = scores[..., field * row_bytes : (field + 1) * row_bytes]
-            tokens += torch.bmm(mine, codes).view(tokens.shape)
-        shared -= (2 ** (bits - 1) - 0.5) * torch.bmm(mine, steps)
-        offset_bytes += dims * row_bytes
+        shared -= (2 ** (bits - 1) - 0.5) * torch.bmm(z[..., first:end], step[:, first:end])
+    codes = _unpack(spec, records).float()
+    codes.view(kv_heads, spec.kept, blocks, -1).mul_(step[..., None])
+    scores = torch.bmm(z[..., : spec.kept], codes.flatten(2)).view(kv_heads, z.shape[1], groups, spec.group_tokens)
     masses = scores.logsumexp(3).view(kv_heads, z.shape[1], blocks, -1) + shared[..., None]
     return masses.flatten(2) + offset[..., None]
 
@@ -257,8 +248,28 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+def _unpack(spec: SketchSpec, records: Tensor) -> Tensor:
+    """Codes, uint8 [kv_heads, kept, groups, group_tokens]. Words are taken apart whole, not byte by byte."""
+    kv_heads, chunks, _ = records.shape
+    by_group = records[..., : spec.mean_offset].view(kv_heads, chunks, spec.groups_per_chunk, spec.group_bytes)
+    shape = (kv_heads, spec.kept, chunks * spec.groups_per_chunk, spec.group_tokens)
+    codes = torch.empty(shape, dtype=torch.uint8, device=records.device)
+    offset_bytes = 0
+    for bits, first, end in spec.planes:
+        row_bytes = spec.group_tokens * bits // 8
+        plane_bytes = (end - first) * row_bytes
+        packed = _in_rows(by_group[..., offset_bytes : offset_bytes + plane_bytes], row_bytes)
+        mask = int.from_bytes(bytes([2**bits - 1]) * packed.itemsize, "little")
+        for field in range(8 // bits):
+            row = codes[:, first:end, :, field * row_bytes : (field + 1) * row_bytes].view(packed.dtype)
+            torch.bitwise_and(packed >> (bits * field) if field else packed, mask, out=row)
+        offset_bytes += plane_bytes
+    return codes
+
+
 def _in_rows(packed: Tensor, row_bytes: int) -> Tensor:
-    """Rows of all groups, coordinate by coordinate: [kv_heads, chunks, groups, dims * row_bytes] to [kv_heads, dims, words].
+    """Rows of all groups, coordinate by coordinate: [kv_heads, chunks, groups_per_chunk, dims * row_bytes] to [kv_heads,
+    dims, groups, words].
 
     A word is the longest whole number that rows are made of: to put these in order takes a tenth of the time of bytes.
     """
@@ -267,4 +278,4 @@ def _in_rows(packed: Tensor, row_bytes: int) -> Tensor:
         packed = packed.clone(memory_format=torch.contiguous_format)
     words = packed.view(_WORDS[size]).view(*packed.shape[:3], -1, row_bytes // size).permute(0, 3, 1, 2, 4)
     rows = torch.empty(words.shape, dtype=words.dtype, device=words.device)
-    return rows.copy_(words).view(*words.shape[:2], -1)
+    return rows.copy_(words).flatten(2, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hga_kvd_client import attention
-from hga_kvd_client.attention import ExactAttention, FlashAttention, decode_attention
+from hga_kvd_client.attention import ExactAttention, FlashAttention, decode_attention, window_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,6 +33,11 @@ def test_decode(dtype, tolerance):
     alone = decode_attention(q, window[0], window[1], 0.37)
     expected = scaled_dot_product_attention(q.double(), window[0].double(), window[1].double(), scale=0.37)
     assert (alone - expected).abs().max() < tolerance
+    near = window_scores(q, window[0], 0.37)
+    assert near.dtype == torch.float32
+    assert (near - 0.37 * q.double() @ window[0].double().mT).abs().max() < tolerance
+    known = decode_attention(q, window[0], window[1], 0.37, opened[0], opened[1], valid[:, :: far // groups], near)
+    assert torch.equal(known, got)
 
 
 @settings(max_examples=40)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hga_kvd_client.attention import decode_attention
+from hga_kvd_client.attention import decode_attention, window_scores
 from hga_kvd_client.geometry import Geometry
-from hga_kvd_client.routing import route_hga, route_sketch, window_log_mass
+from hga_kvd_client.routing import route_hga, route_sketch
 from hga_kvd_client.sketch import Basis, Moments, SketchSpec, encode, log_mass
 
 pytest.importorskip("triton", reason="the extra `client` brings triton where it exists")
@@ -62,7 +62,7 @@ class Stored:
             return route_hga(q, state.chunks[:, first:end], state.groups[:, first:end], 5, 4)
         z = torch.bmm(q * SCALE, state.to_z.transpose(1, 2))
         estimated = log_mass(state.spec, z, (z * state.centre[:, None]).sum(2), state.records[:, first:end])
-        near = window_log_mass(q * SCALE, self.window[layer, 0, :, :window_tokens])
+        near = window_scores(q, self.window[layer, 0, :, :window_tokens], SCALE).logsumexp(2)
         everything = torch.logaddexp(estimated.logsumexp(2), near)
         self.mass = (estimated - everything[..., None]).exp().sum(1)
         return route_sketch(estimated, near, state.budget, state.cover)

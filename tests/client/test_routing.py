@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hga_kvd_client.routing import causal_union, route_all, route_hga, route_sketch, window_log_mass
+from hga_kvd_client.routing import causal_union, route_all, route_hga, route_sketch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,17 +149,6 @@ def test_masses_far_apart_stay_finite():
     log_mass = torch.tensor([[[-1e4, 3e4, -torch.inf]]])
     opened = route_sketch(log_mass, torch.tensor([[2e4]]), 1)
     assert opened.tolist() == [[False, True, False]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_window_log_mass(dtype):
-    q, k = torch.randn(2, 3, 8).to(dtype), torch.randn(2, 50, 8).to(dtype)
-    got = window_log_mass(q, k)
-    assert got.dtype == torch.float32
-    for h in range(2):
-        for r in range(3):
-            expected = math.log(sum(math.exp(float(q[h, r].double() @ key.double())) for key in k[h]))
-            assert float(got[h, r]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_causal_union():

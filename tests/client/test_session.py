@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_connection import FakeConnection, FakeDaemon
 from hga_kvd_client import Geometry, Rope, SessionOptions, errors
+from hga_kvd_client.attending import _one_core
 from hga_kvd_client.client import Client
 from hga_kvd_client.geometry import KEY_DTYPE
 from sequences import DIM, GEOMETRY, KV_HEADS, LAYERS, RATIO, ROPE, SCALE, Tokens, blocks
@@ -129,6 +130,29 @@ def test_a_step_that_misses_nothing_does_not_fetch():
     assert len(connection.fetched_keys) == 0
 
 
+def fail_on_one_core():
+    with _one_core():
+        raise KeyError(f"{torch.get_num_threads()} thread")
+
+
+def test_a_token_gives_torch_its_threads_back():
+    connection = FakeConnection()
+    session = open_session(connection)
+    tokens = Tokens(460)
+    tokens.run(session, 0, 450)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        tokens.run(session, 450, 455)
+        assert connection.fetched_keys
+        assert torch.get_num_threads() == 3
+        with pytest.raises(KeyError, match="1 thread"):
+            fail_on_one_core()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_routed_opens_within_limits_and_outside_the_window():
     session = open_session(FakeConnection())
     tokens = Tokens(900)
@@ -152,6 +176,9 @@ def test_resident_bytes_are_the_tensors_and_stay_bounded():
     def tensors(thing, seen):
         if isinstance(thing, torch.Tensor):
             seen[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, np.ndarray):
+            assert thing.base is None
+            seen[thing.ctypes.data] = thing.nbytes
         elif hasattr(thing, "__dict__"):
             for value in vars(thing).values():
                 tensors(value, seen)
