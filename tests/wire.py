@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hga_kvd.__main__ import app
 from hga_kvd.geometry import KEY_DTYPE, Geometry
-from hga_kvd.refusals import ERROR_KEY
+from hga_kvd_proto import ERROR_KEY
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2
 from typer.testing import CliRunner

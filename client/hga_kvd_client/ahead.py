@@ -19,7 +19,7 @@ from hga_kvd_client.region import PAGE_BYTES
 
 Answer = TypeVar("Answer")
 
-# The daemon moves two large payloads at once (its turns.py); one more waits for them to end, one is with the caller.
+# The daemon moves three large payloads at once (its turns.py); one is with the caller.
 SLOTS = 4
 
 Ask = Callable[

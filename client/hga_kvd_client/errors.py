@@ -137,8 +137,7 @@ _CLASSES: dict[tuple[str | None, str], type[KvdError]] = {
 }
 
 
-# What the daemon names itself, in the trailing metadata MEANING_KEY, where a status has two meanings.
-MEANING_KEY = "hga-kvd-error"
+# What the daemon names itself, in the trailing metadata ERROR_KEY, where a status has two meanings.
 _MEANINGS: dict[str, type[KvdError]] = {
     found.__name__: found
     for found in (

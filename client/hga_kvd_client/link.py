@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+from hga_kvd_proto import CLIENT_KEY, ERROR_KEY
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 
@@ -38,8 +39,6 @@ RETIRED_REGIONS_MAX = 4
 # this much later.
 _LARGE_CALLS = ("Append", "PutSummaries")
 DEADLINE_GRACE_S = 0.2
-# Metadata of each call, so that the daemon tells apart whose turn it is: all who come through its socket are one peer.
-_CLIENT_KEY = "hga-kvd-client"
 _CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 # Largest message we take or send: the largest message_bytes_max that a daemon can be given, and what goes with it.
 MESSAGE_BYTES_MAX = 257 * MIB
@@ -64,7 +63,7 @@ class Link:
         self._region_bytes = region_bytes
         self._deadline_s = deadline_s
         self._reconnect_s = reconnect_s
-        self._name = ((_CLIENT_KEY, secrets.token_hex(8)),)
+        self._name = ((CLIENT_KEY, secrets.token_hex(8)),)
         self._retired: list[Region] = []
         self._instance: int | None = None
         self._closed = False
@@ -120,7 +119,7 @@ class Link:
 
     def _refusal(self, call: str, error: grpc.RpcError, read: Region | None) -> errors.KvdError:
         code = error.code()
-        found = (item.value for item in error.trailing_metadata() or () if item.key == errors.MEANING_KEY)
+        found = (item.value for item in error.trailing_metadata() or () if item.key == ERROR_KEY)
         raised = errors.from_status(call, code.name, error.details() or "", str(next(found, "")))
         self._note_refusal(raised, read)
         return errors.DeadlineExceeded(self._no_answer(call)) if code is grpc.StatusCode.DEADLINE_EXCEEDED else raised

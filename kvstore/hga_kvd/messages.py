@@ -9,6 +9,7 @@ from zlib import crc32
 import grpc
 import numpy as np
 import numpy.typing as npt
+from hga_kvd_proto import CLIENT_KEY
 from hga_kvd_proto.v1 import kvd_pb2
 
 from hga_kvd import errors
@@ -19,7 +20,6 @@ from hga_kvd.memory import aligned_buffer
 
 U8 = npt.NDArray[np.uint8]
 
-CLIENT_KEY = "hga-kvd-client"  # metadata of a call
 # Shares that one peer may have, whatever names it calls itself: one that took a new name for each call would always be
 # the one that had least.
 CLIENTS_OF_PEER = 64

@@ -38,7 +38,6 @@ STATUS: dict[type[errors.KvdError], grpc.StatusCode] = {
     NotAttached: grpc.StatusCode.UNAVAILABLE,
     SharingRefused: grpc.StatusCode.UNIMPLEMENTED,
 }
-ERROR_KEY = "hga-kvd-error"  # trailing metadata
 # A status travels in HTTP/2 headers, of which peers take 8 KiB; bytes outside ASCII take three there.
 SENTENCE_BYTES_MAX = 2 * KIB
 

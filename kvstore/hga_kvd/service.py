@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 import numpy.typing as npt
+from hga_kvd_proto import ERROR_KEY
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from structlog.typing import FilteringBoundLogger
@@ -47,7 +48,7 @@ from hga_kvd.messages import (
     range_of,
     session_message,
 )
-from hga_kvd.refusals import ERROR_KEY, SharingRefused, refusal
+from hga_kvd.refusals import SharingRefused, refusal
 
 U8 = npt.NDArray[np.uint8]
 # Smaller answers are not counted among the bytes on their way; a connection has STREAMS_MAX of them at most.

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hga_kvd import errors, turns
 from hga_kvd.config import MIB
-from hga_kvd.messages import CLIENT_KEY, CLIENTS_OF_PEER, client_of
+from hga_kvd.messages import CLIENTS_OF_PEER, client_of
 from hga_kvd.turns import FairQueue, Turns
 from hga_kvd_client.connection import Connection
+from hga_kvd_proto import CLIENT_KEY
 from hga_kvd_proto.v1 import kvd_pb2
 from test_service import CODE, Running
 from wire import GEOMETRY, all_keys, append, open_session, payload_of, refused, wait_for

@@ -13,12 +13,12 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
+from hga_kvd_proto import ERROR_KEY
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 
 from hga_kvd import errors
 from hga_kvd.answers import EngineStats, Fetched, SessionInfo
 from hga_kvd.geometry import Geometry, Keys
-from hga_kvd.refusals import ERROR_KEY
 from hga_kvd.testing.oracle import Gone
 
 U8 = npt.NDArray[np.uint8]
