@@ -17,15 +17,18 @@ SCHEDULES_S ?= 600
 KILLS ?= 50
 CHURN_S ?= 600
 
-.PHONY: soak mutants gpu demo test lint types unit model proto setup apt peers tables
+NATIVE_SOURCES := kvstore/hga_kvd/native.c proto/hga_kvd_proto/native.c
+APT_INSTALL = $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c 'apt-get update -q && apt-get install -y -q "$$@"' apt
 
+.PHONY: soak mutants gpu demo test lint types unit model proto setup apt native peers tables
+
+# Without a C compiler everything works too, slower.
 apt:
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
-	  echo "installing python3-venv"; \
-	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q python3-venv; \
-	  else sudo apt-get update -q && sudo apt-get install -y -q python3-venv; fi; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "installing python3-venv"; $(APT_INSTALL) python3-venv; }
+	@command -v cc >/dev/null || { echo "installing a C compiler"; $(APT_INSTALL) gcc libc6-dev; } || \
+	  echo "no C compiler: the native code is left out, and its twins in Python run"
 
-$(VENV)/.ready: pyproject.toml | apt
+$(VENV)/.ready: pyproject.toml $(NATIVE_SOURCES) | apt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the packages into $(VENV) (a few minutes the first time)"
 	@$(BIN)/pip install -q $(TORCH)
@@ -33,6 +36,10 @@ $(VENV)/.ready: pyproject.toml | apt
 	@touch $@
 
 setup: $(VENV)/.ready
+
+# The C libraries anew, beside their sources: all that a tree on PYTHONPATH needs. (`setup` builds them too.)
+native:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -c 'from setuptools import setup; setup()' -q build_ext --inplace
 
 # The main job, end to end: daemon, real model, real text, a comparison with dense. Results in build/demo/.
 demo: setup

@@ -20,6 +20,7 @@ import grpc
 import hypothesis
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hga_kvd import native
 from hga_kvd_proto.v1 import kvd_pb2_grpc
 
 # Kernels are compared with their twins everywhere: in Triton's interpreter where there is no GPU. Before any import.
@@ -33,6 +34,16 @@ hypothesis.settings.register_profile(
     "any-speed", deadline=None, derandomize=not CHANCE, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.load_profile("any-speed")
+
+
+@pytest.fixture(params=["native", "twin"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hot path in C, and then in Python."""
+    if request.param == "twin":
+        monkeypatch.setattr(native, "LIBRARY", None)
+    elif native.LIBRARY is None:
+        pytest.skip(f"native code is {native.STATE}")
+
 
 START_S = 60.0
 STOP_S = 60.0

@@ -220,6 +220,7 @@ def _serve(
             nvme=str(settings.nvme) if settings.nvme else None,
             nvme_bytes=stats.nvme_bytes_max,
             io_engine=stats.io_engine,
+            native=stats.native,
             sessions=stats.sessions,
             metrics=scraped,
             pid=os.getpid(),

@@ -54,6 +54,7 @@ class EngineStats:
     """As in StatResponse of kvd.proto."""
 
     io_engine: str
+    native: str
     sessions: int
     ram_bytes_max: int
     ram_bytes_used: int

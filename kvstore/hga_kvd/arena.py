@@ -21,6 +21,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from hga_kvd import native
+
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 Number = TypeVar("Number", int, I64)
@@ -169,13 +171,15 @@ class SlotClass:
 
     def gather(self, slots: I64, records: I64, destination: U8) -> None:
         """Records to `destination`, 1-D, len(slots) * record_bytes. Where a slot is 0, it stays as it is."""
-        if slots.all():
-            first = self.offsets(slots) // self.unit + records * self.units_per_record
-            copy_rows(self.units, first, self.units_per_record, destination.reshape(-1, self.unit))
-        else:
+        if not slots.all():
             some = np.flatnonzero(slots)
             starts, at = self.starts(slots[some], records[some]), some * self.record_bytes
             copy_records(self.units.reshape(-1).data, starts, destination.data, at, self.record_bytes)
+        elif native.LIBRARY is not None:
+            native.gather(self.units.reshape(-1), self.starts(slots, records), self.record_bytes, destination)
+        else:
+            first = self.offsets(slots) // self.unit + records * self.units_per_record
+            copy_rows(self.units, first, self.units_per_record, destination.reshape(-1, self.unit))
 
     def starts(self, slots: I64, records: I64) -> I64:
         """Where these records lie in the region, bytes."""

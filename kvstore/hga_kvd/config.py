@@ -151,8 +151,8 @@ class Settings(BaseSettings):
 
 
 def unknown_variables() -> list[str]:
-    """Of the environment: what looks like a setting, and is none. Clients and commands know two more."""
-    known = {f"HGA_KVD_{name.upper()}" for name in Settings.model_fields} | {"HGA_KVD_CONFIG", "HGA_KVD_TARGET"}
+    """Of the environment: what looks like a setting, and is none. Clients and commands know two more, native.py one."""
+    known = {f"HGA_KVD_{name.upper()}" for name in (*Settings.model_fields, "config", "target", "native")}
     return sorted(name for name in os.environ if name.upper().startswith("HGA_KVD_") and name.upper() not in known)
 
 

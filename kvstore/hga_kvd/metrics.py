@@ -66,7 +66,8 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily(
             "hga_kvd_attached_clients", "Clients with shared memory", value=self._attached_clients()
         )
-        yield InfoMetricFamily("hga_kvd", "The daemon", value={"version": __version__, "io_engine": stats.io_engine})
+        runs = {"version": __version__, "io_engine": stats.io_engine, "native": stats.native}
+        yield InfoMetricFamily("hga_kvd", "The daemon", value=runs)
 
 
 class Metrics:

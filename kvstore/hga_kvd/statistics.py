@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hga_kvd import native
 from hga_kvd.answers import EngineStats
 from hga_kvd.parts import Parts
 from hga_kvd.prefetcher import Prefetcher
@@ -14,6 +15,7 @@ def collect(parts: Parts, prefetcher: Prefetcher) -> EngineStats:
         arena = residency.arena
         return EngineStats(
             io_engine=parts.disk.engine if parts.disk else "none",
+            native=native.STATE,
             sessions=len(residency.sessions),
             ram_bytes_max=len(arena.region),
             ram_bytes_used=arena.used_bytes,

@@ -17,6 +17,7 @@ def test_unit() -> None:
     assert [unit_bytes(n) for n in (8192, 5120, 6144, 80, 3, 4 << 20)] == [8192, 1024, 2048, 16, 1, 2 << 20]
 
 
+@pytest.mark.usefixtures("either_way")
 @given(st.integers(1, 9000), st.integers(1, 20), st.integers(0, 1 << 30))
 def test_records_come_back(record_bytes: int, records: int, seed: int) -> None:
     arena = Arena(aligned_buffer(2 * PAGE_BYTES, huge=True))

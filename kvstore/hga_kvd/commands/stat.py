@@ -47,6 +47,7 @@ def _show(address: str, stats: kvd_pb2.StatResponse, sessions: list[kvd_pb2.Sess
     for name, value in (
         ("up", f"{up // 3600}:{up // 60 % 60:02}:{up % 60:02}"),
         ("I/O engine", stats.io_engine),
+        ("native code", stats.native),
         (
             "RAM",
             f"{size(stats.ram_bytes_used)} of {size(stats.ram_bytes_max)}, {size(stats.ram_bytes_dirty)} to write",
