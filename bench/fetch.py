@@ -41,7 +41,7 @@ from hga_kvd.filedisk import FileDisk
 from hga_kvd.uring import UringEngine
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
-from hga_kvd_client.lane import Watch
+from hga_kvd_client.lane import End, best_end
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
 from raw_io import ALIGNMENT, FIO, disk_speed, fio_read
@@ -52,6 +52,7 @@ GEOMETRY = Geometry(layers=8, kv_heads=4, head_dim=128, dtype="bfloat16", model_
 RECORD = GEOMETRY.record_bytes
 READS = 128
 SMALL = 8
+FOR_EVER_S = 60.0
 GAP_US = 300  # what the model does for a layer, between two fetches of a decode step
 RANDOM_FILES = " --file_service_type=random"
 IN_BATCHES = " --iodepth_batch_submit={depth} --iodepth_batch_complete_min={depth} --iodepth_low=1"
@@ -121,14 +122,18 @@ def microseconds(call: Callable[[], object], count: int, gap_s: float = 0.0) -> 
     return [1e6 * float(np.quantile(times, q)) for q in (0.5, 0.99)]
 
 
-def _echo(memory: Any, bells: tuple[int, int, int], count: int) -> None:
-    words = memoryview(memory)
-    mine = words[layout.COMPLETIONS_POSTED :][:8].cast("Q")
-    watch = Watch(words, layout.REQUESTS_POSTED, bells[0], bells[2])
-    for number in range(count):
-        watch.wait(number)
-        mine[0] = number + 1
-        os.eventfd_write(bells[1], 1)
+def _end(memory: mmap.mmap, moves: int, watches: int, bells: tuple[int, int, int]) -> End:
+    first, second, alarm = bells
+    mine, theirs = (first, second) if moves == layout.REQUESTS_POSTED else (second, first)
+    return best_end()(memory, moves, watches, mine, theirs, alarm)
+
+
+def _echo(memory: mmap.mmap, bells: tuple[int, int, int], count: int) -> None:
+    end = _end(memory, layout.COMPLETIONS_POSTED, layout.REQUESTS_POSTED, bells)
+    end.wait(0, FOR_EVER_S)
+    for number in range(1, count):
+        end.exchange(number, number, FOR_EVER_S)
+    end.exchange(count, count, 0.0)
 
 
 def bare_ring(count: int) -> list[float]:
@@ -137,21 +142,17 @@ def bare_ring(count: int) -> list[float]:
     bells = (os.eventfd(0), os.eventfd(0), os.eventfd(0))
     echo = multiprocessing.get_context("fork").Process(target=_echo, args=(memory, bells, count))
     echo.start()
-    words = memoryview(memory)
-    mine = words[layout.REQUESTS_POSTED :][:8].cast("Q")
-    watch = Watch(words, layout.COMPLETIONS_POSTED, bells[1], bells[2])
+    end = _end(memory, layout.REQUESTS_POSTED, layout.COMPLETIONS_POSTED, bells)
     done = 0
 
     def trip() -> None:
         nonlocal done
-        mine[0] = done + 1
-        os.eventfd_write(bells[0], 1)
-        watch.wait(done)
+        end.exchange(done + 1, done, FOR_EVER_S)
         done += 1
 
     times = microseconds(trip, count)
     echo.join(10)
-    watch.close()
+    end.close()
     for bell in bells:
         os.close(bell)
     return times

@@ -21,6 +21,7 @@ import hypothesis
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hga_kvd import native
+from hga_kvd_proto import rings
 from hga_kvd_proto.v1 import kvd_pb2_grpc
 
 # Kernels are compared with their twins everywhere: in Triton's interpreter where there is no GPU. Before any import.
@@ -41,6 +42,7 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """The hot path in C, and then in Python."""
     if request.param == "twin":
         monkeypatch.setattr(native, "LIBRARY", None)
+        monkeypatch.setattr(rings, "LIBRARY", None)
     elif native.LIBRARY is None:
         pytest.skip(f"native code is {native.STATE}")
 

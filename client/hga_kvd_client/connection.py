@@ -13,7 +13,6 @@ One caller at a time: a Connection has one region and no lock. Sessions of one c
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Literal
@@ -284,8 +283,10 @@ class Connection:
         region = link.region
         if region is not None and region.lane is not None and not region.busy:
             # A lane notices the end of its daemon itself; asking the socket first would cost half of a small fetch.
-            with contextlib.suppress(errors.Unavailable):
+            try:
                 return fetch_once(link, limits, session_id, keys, epoch, deadline_us)
+            except errors.Unavailable:
+                pass
         return link.repeat(lambda: fetch_once(link, limits, session_id, keys, epoch, deadline_us))
 
     def prefetch(self, session_id: int, keys: Keys, epoch: int = 0) -> None:
@@ -300,7 +301,7 @@ class Connection:
         def attempt() -> None:
             region = self._link.region
             if region is not None and region.lane is not None:
-                self._link.ask_lane(region, "Prefetch", layout.PREFETCH, packed, session_id, epoch=epoch)
+                self._link.ask_lane(region, "Prefetch", layout.PREFETCH, packed, session_id, epoch)
             else:
                 self._link.ask("Prefetch", kvd_pb2.PrefetchRequest(session_id=session_id, epoch=epoch, keys=packed))
 

@@ -124,14 +124,17 @@ class Link:
         self._note_refusal(raised, read)
         return errors.DeadlineExceeded(self._no_answer(call)) if code is grpc.StatusCode.DEADLINE_EXCEEDED else raised
 
-    def ask_lane(self, region: Region, call: str, verb: int, body: bytes, session_id: int, **fields: int) -> Completion:
-        """One call on the region's lane, once. Raises: KvdError; Unavailable once when the lane was closed: repeat."""
+    def ask_lane(self, region: Region, call: str, verb: int, body: bytes, *fields: int) -> Completion:
+        """One call on the region's lane, once. fields: as of Lane.call, from the session on.
+
+        Raises: KvdError; Unavailable once when the lane was closed: repeat.
+        """
         assert region.lane is not None
         read = region if verb == layout.APPEND else None
         if read is not None:
             read.busy = True
         try:
-            answer = region.lane.call(verb, body, session_id, timeout_s=self._deadline_s, **fields)
+            answer = region.lane.call(self._deadline_s, verb, body, *fields)
         except LaneClosed:
             logger.warning("the daemon closed the fast lane of %s; calls go over gRPC", self.target)
             region.leave_lane()

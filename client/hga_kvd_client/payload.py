@@ -46,18 +46,8 @@ def append_once(link: Link, limits: Limits, header: kvd_pb2.AppendHeader, payloa
         region.append_part[: payload.nbytes] = payload
         offset = region.append_offset
     if region.lane is not None and len(header.token_ids) <= layout.REQUEST_BODY_BYTES:
-        return link.ask_lane(
-            region,
-            "Append",
-            layout.APPEND,
-            header.token_ids,
-            header.session_id,
-            epoch=header.epoch,
-            offset=offset,
-            size=payload.nbytes,
-            first_chunk=header.first_chunk,
-            chunk_count=header.chunk_count,
-        ).chunk_count
+        place = (header.session_id, header.epoch, offset, payload.nbytes, header.first_chunk, header.chunk_count)
+        return link.ask_lane(region, "Append", layout.APPEND, header.token_ids, *place).chunk_count
     header.shared.CopyFrom(kvd_pb2.SharedRange(client_id=region.client_id, offset=offset, bytes=payload.nbytes))
     return int(link.ask("Append", iter((kvd_pb2.AppendRequest(header=header),)), region).chunk_count)
 
@@ -139,50 +129,47 @@ def fetch_records_max(link: Link, limits: Limits) -> int:
     region, record_bytes = link.region, limits.geometry.record_bytes
     if region is None or record_bytes > region.fetch_part.nbytes:
         return max(1, min(limits.fetch_keys_max, limits.message_bytes_max // record_bytes))
-    most = min(limits.fetch_keys_max, region.fetch_part.nbytes // record_bytes)
+    most = min(limits.fetch_keys_max, len(region.records(record_bytes)))
     return min(most, layout.FETCH_KEYS_MAX) if region.lane is not None else most
 
 
 def fetch_once(link: Link, limits: Limits, session_id: int, keys: Keys, epoch: int, deadline_us: int) -> Fetched:
-    """All parts of one fetch. Raises: as Connection's."""
-    record_bytes = limits.geometry.record_bytes
-    region = link.region
-    if region is not None and record_bytes > region.fetch_part.nbytes:
-        region = None
+    """One fetch, in parts where one answer would be too large. Raises: as Connection's."""
     most = fetch_records_max(link, limits)
-    if region is not None and len(keys) <= most:
-        records = region.fetch_part[: len(keys) * record_bytes].reshape(-1, record_bytes)
-    else:
-        records = np.empty((len(keys), record_bytes), np.uint8)
-
+    if len(keys) <= most:
+        return _fetch_part(link, limits, session_id, keys, epoch, deadline_us)
+    records = np.empty((len(keys), limits.geometry.record_bytes), np.uint8)
     statuses: Bytes | None = None
     ram_records = nvme_records = 0
     for start in range(0, len(keys), most):
-        end = min(start + most, len(keys))
-        packed = keys[start:end].tobytes()
-        size = (end - start) * record_bytes
-        answer: Any
-        if region is not None and region.lane is not None:
-            answer = link.ask_lane(
-                region, "Fetch", layout.FETCH, packed, session_id, size=size, epoch=epoch, deadline_us=deadline_us
-            )
-            found = answer.body
-        else:
-            request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed, epoch=epoch, deadline_us=deadline_us)
-            if region is not None:
-                request.shared.client_id = region.client_id
-                request.shared.bytes = size
-            answer = link.ask("Fetch", request)
-            found = answer.statuses
-        if region is None or len(keys) > most:
-            received = np.frombuffer(answer.payload, np.uint8) if region is None else region.fetch_part[:size]
-            if received.nbytes != size:
-                raise errors.DaemonFault(f"Fetch answered {received.nbytes} bytes, {size} were asked for")
-            records[start:end] = received.reshape(-1, record_bytes)
-        if found:
-            if statuses is None:
-                statuses = np.zeros(len(keys), np.uint8)
-            statuses[start:end] = np.frombuffer(found, np.uint8)
-        ram_records += answer.ram_records
-        nvme_records += answer.nvme_records
+        part = _fetch_part(link, limits, session_id, keys[start : start + most], epoch, deadline_us)
+        records[start : start + most] = part.records
+        if part.statuses is not None:
+            statuses = np.zeros(len(keys), np.uint8) if statuses is None else statuses
+            statuses[start : start + most] = part.statuses
+        ram_records += part.ram_records
+        nvme_records += part.nvme_records
     return Fetched(records, statuses, ram_records, nvme_records)
+
+
+def _fetch_part(link: Link, limits: Limits, session_id: int, keys: Keys, epoch: int, deadline_us: int) -> Fetched:
+    """What one answer takes: records in the landing, gone with the next call, or as they came in the message."""
+    record_bytes, count, region = limits.geometry.record_bytes, len(keys), link.region
+    size, packed = count * record_bytes, keys.tobytes()
+    if region is not None and record_bytes > region.fetch_part.nbytes:
+        region = None
+    if not count:
+        return Fetched(np.empty((0, record_bytes), np.uint8), None, 0, 0)
+    if region is not None and region.lane is not None:
+        fields = (session_id, epoch, 0, size, 0, 0, deadline_us)
+        answer: Any = link.ask_lane(region, "Fetch", layout.FETCH, packed, *fields)
+        found, records = answer.body, region.records(record_bytes)[:count]
+    else:
+        request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed, epoch=epoch, deadline_us=deadline_us)
+        if region is not None:
+            request.shared.client_id = region.client_id
+            request.shared.bytes = size
+        answer = link.ask("Fetch", request)
+        found, records = answer.statuses, _landed(region, (0, size), answer, size).reshape(count, record_bytes)
+    statuses = np.frombuffer(found, np.uint8) if found else None
+    return Fetched(records, statuses, answer.ram_records, answer.nvme_records)

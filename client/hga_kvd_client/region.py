@@ -43,6 +43,15 @@ class Region:
         self.append_offset = size // 2 // PAGE_BYTES * PAGE_BYTES
         self.fetch_part: Bytes = everything[: self.append_offset]
         self.append_part: Bytes = everything[self.append_offset :]
+        self._records: dict[int, Bytes] = {}
+
+    def records(self, record_bytes: int) -> Bytes:
+        """Where fetched records of this size land, from the start on: [records, record_bytes]."""
+        found = self._records.get(record_bytes)
+        if found is None:
+            count = self.fetch_part.nbytes // record_bytes
+            found = self._records[record_bytes] = self.fetch_part[: count * record_bytes].reshape(count, record_bytes)
+        return found
 
     def daemon_lives(self) -> bool:
         try:

@@ -11,6 +11,7 @@ One thread at a time serves a lane (lanes.py); nothing here takes a lock.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -18,6 +19,7 @@ import socket
 from typing import NamedTuple
 
 from hga_kvd_proto import lane as layout
+from hga_kvd_proto import rings
 
 from hga_kvd.errors import InvalidRequest
 
@@ -40,21 +42,26 @@ class Request(NamedTuple):
     body: bytes
 
 
-class Lane:
-    """busy: a thread makes a slow call of it. ending: nothing more is served; whoever serves it next closes it."""
+class Lane(rings.LaneWords):
+    """served: requests that were answered. busy: a thread makes a slow call of it. ending: nothing more is served;
+    whoever serves it next closes it."""
+
+    served: int
+    busy: int
 
     def __init__(self, client_id: int) -> None:
         """Raises OSError when there is no memory or descriptor for it."""
+        super().__init__()
         self.client_id = client_id
-        self.busy = self.ending = False
-        self.served = 0
+        self.ending = False
         with contextlib.ExitStack() as stack:
             memory = os.memfd_create("hga-kvd-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             stack.callback(os.close, memory)
             os.ftruncate(memory, layout.LANE_BYTES)
             os.posix_fallocate(memory, 0, layout.LANE_BYTES)
             fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
-            self._memory = memoryview(mmap.mmap(memory, layout.LANE_BYTES))
+            mapping = mmap.mmap(memory, layout.LANE_BYTES)
+            self._memory = memoryview(mapping)
             self.request_bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(os.close, self.request_bell)
             self._bell, its_bell = socket.socketpair()
@@ -66,7 +73,13 @@ class Lane:
             stack.pop_all()
         self.posted_word = self._memory[layout.REQUESTS_POSTED :][:8].cast("Q")
         self._completed_word = self._memory[layout.COMPLETIONS_POSTED :][:8].cast("Q")
-        self._send = self._bell.send
+        start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        self.posted = start + layout.REQUESTS_POSTED
+        self.awake = start + layout.awake_at(layout.REQUESTS_POSTED)
+        self._completed = start + layout.COMPLETIONS_POSTED
+        self._client_awake = start + layout.awake_at(layout.COMPLETIONS_POSTED)
+        self._bell_number = self._bell.fileno()
+        self._publish_in_c = rings.LIBRARY.held.hga_kvd_publish if rings.LIBRARY is not None else None
 
     def take(self) -> Request:
         """The request after the last one served, which must have been posted. Raises: LaneBroken, InvalidRequest."""
@@ -108,6 +121,9 @@ class Lane:
         os.close(self.request_bell)
 
     def _publish(self, completed: int) -> None:
+        if self._publish_in_c is not None:
+            self._publish_in_c(self._completed, completed, self._client_awake, self._bell_number)
+            return
         self._completed_word[0] = completed
         with contextlib.suppress(OSError):  # full: then it has rung; or the client is gone
-            self._send(b"\0", socket.MSG_DONTWAIT)
+            self._bell.send(b"\0", socket.MSG_DONTWAIT)

@@ -14,11 +14,7 @@ gets one request a turn like the others.
 
 from __future__ import annotations
 
-import os
-import select
 import threading
-import weakref
-from time import perf_counter
 
 from hga_kvd_proto import lane as layout
 from structlog.typing import FilteringBoundLogger
@@ -26,44 +22,10 @@ from structlog.typing import FilteringBoundLogger
 from hga_kvd.calls import Calls, Range
 from hga_kvd.errors import InvalidRequest
 from hga_kvd.lane import Lane, LaneBroken, Request
+from hga_kvd.leading import Wait
 from hga_kvd.refusals import refusal
 
-# A look gives the core away, and has it back within 1 us if nobody wants it.
-CROWDED_S = 10e-6
-# Waits in a row that sleep at once, at most, before one looks again whether the core is free.
-RESTS_MAX = 64
-
 _NAMES = {layout.FETCH: "Fetch", layout.APPEND: "Append", layout.PREFETCH: "Prefetch"}
-
-
-class Patience:
-    """Whether the next wait looks at the counters for a while, as the client's does (ADR 14), or sleeps at once. Pure.
-
-    It looks after a wait that was quick. Not on a core that others need: a client there computes and then waits behind the
-    looks, as long as it had computed (ADR 35). Who sleeps is woken by the bell, and where a core is free. So after a crowded
-    look one wait sleeps; after the next one, if it is crowded too, two, then four; until a look finds the core free.
-    """
-
-    def __init__(self) -> None:
-        self.quick = False  # whether the last wait ended within SPIN_S
-        self._sleeps, self._next_sleeps = 0, 1
-
-    def looks(self) -> bool:
-        """To be asked once a wait."""
-        if self._sleeps:
-            self._sleeps -= 1
-            return False
-        return self.quick
-
-    def ended(self, wait_s: float, looked: bool) -> None:
-        """looked: the whole time, undisturbed."""
-        self.quick = wait_s < 2 * layout.SPIN_S
-        if looked:
-            self._next_sleeps = 1
-
-    def crowded(self) -> None:
-        self._sleeps = self._next_sleeps
-        self._next_sleeps = min(2 * self._next_sleeps, RESTS_MAX)
 
 
 class Lanes:
@@ -76,12 +38,8 @@ class Lanes:
         self._lanes: tuple[Lane, ...] = ()  # those that are not closed; replaced as a whole
         self._threads: set[threading.Thread] = set()
         self._shut = False
-        self._epoll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        weakref.finalize(self, os.close, self._wake)
-        # By its edge, never read: no value that a client writes to its bell can make a wait return for ever.
-        self._epoll.register(self._wake, select.EPOLLIN | select.EPOLLET)
-        self._patience = Patience()  # the leader's
+        self._wait = Wait()
+        self._changed = False  # a lane ends, or there is a thread too many
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -104,9 +62,10 @@ class Lanes:
             except (OSError, RuntimeError) as error:  # the latter: no more threads
                 if thread.ident is None:
                     self._threads.discard(thread)
+                self._rouse()
                 self._log.warning("no lane", error=str(error))
                 return ()
-            self._epoll.register(lane.request_bell, select.EPOLLIN | select.EPOLLET)
+            self._wait.add(lane)
             self._lanes += (lane,)
         return lane.descriptors
 
@@ -129,7 +88,8 @@ class Lanes:
             thread.join(grace_s)
 
     def _rouse(self) -> None:
-        os.eventfd_write(self._wake, 1)
+        self._changed = True
+        self._wait.rouse()
 
     # --- threads ---
 
@@ -147,42 +107,28 @@ class Lanes:
                 return
             lane, request = found
             self._call(lane, request)
-            lane.busy = False
-            # Who leads may have slept through what this lane posted meanwhile; what it posts from here on rings for him.
+            with self._lock:  # which orders memory too: who posts from here on is heard by who leads, or seen below
+                lane.busy = False
             if (lane.posted_word[0] != lane.served or lane.ending) and self._lead.locked():
                 self._rouse()
 
     def _find_slow(self) -> tuple[Lane, Request] | None:
         """Leads. Returns a request that may take long, its lane marked busy; None: this thread is one too many."""
-        patience, waits_since = self._patience, perf_counter()
-        # While others work, a leader that looks takes the interpreter from them: he sleeps, and is roused at their end.
-        looks = patience.looks() and not any(lane.busy for lane in self._lanes)
+        self._changed = True
         while True:
-            answered = False
-            for lane in self._lanes:
-                if lane.busy:
-                    continue
-                if lane.ending:
-                    self._close(lane)
-                elif lane.posted_word[0] != lane.served:
-                    if not answered:
-                        patience.ended(perf_counter() - waits_since, looks)
-                    answered = True
-                    request = self._take(lane)
-                    if request is not None and not self._answer_few(lane, request):
-                        lane.busy = True
-                        return lane, request
-            if len(self._threads) > len(self._lanes) and self._leave():
-                return None
-            if answered:
-                looks, waits_since = patience.looks(), perf_counter()
-            elif looks and (now := perf_counter()) - waits_since < layout.SPIN_S:
-                os.sched_yield()
-                if perf_counter() - now > CROWDED_S:
-                    looks = False
-                    patience.crowded()
-            else:
-                self._epoll.poll()
+            if self._changed:
+                self._changed = False
+                for ended in [lane for lane in self._lanes if lane.ending and not lane.busy]:
+                    self._close(ended)
+                if len(self._threads) > len(self._lanes) and self._leave():
+                    return None
+            lane = self._wait.next(self._lanes)
+            if lane is None or lane.ending:
+                continue
+            request = self._take(lane)
+            if request is not None and not self._answer_few(lane, request):
+                lane.busy = True
+                return lane, request
 
     def _leave(self) -> bool:
         with self._lock:
@@ -194,7 +140,7 @@ class Lanes:
     def _close(self, lane: Lane) -> None:
         with self._lock:
             self._lanes = tuple(other for other in self._lanes if other is not lane)
-        self._epoll.unregister(lane.request_bell)  # the client has the bell too, so closing ours would not do it
+        self._wait.remove(lane)
         lane.close()
 
     # --- calls ---
@@ -205,7 +151,7 @@ class Lanes:
             return lane.take()
         except LaneBroken as error:
             self._log.warning("lane ended", reason="a counter that cannot be", counters=str(error))
-            lane.ending = True
+            lane.ending = self._changed = True
         except InvalidRequest as error:
             self._refuse(lane, error, "lane request")
         return None

@@ -5,8 +5,8 @@ docs/fastlane.md is the contract. What is always true:
   doorbell; it reads what the other published only after it has seen that counter move.
 - That is enough on x86-64 (total store order: stores stay in order, loads stay in order) with plain loads and stores of
   aligned 8-byte words, which is what `memoryview.cast("Q")` does. Elsewhere it is not: there is no lane there.
-- The doorbell is rung every time, also when the other side is awake. So nobody has to publish that it sleeps, which
-  would need a fence that Python does not have: a store followed by a load is what even x86-64 reorders.
+- The doorbell is rung unless the other side says that it is awake. That needs a fence between a store and a load, which
+  even x86-64 reorders and Python cannot ask for: only native.c says so. The twins in Python are rung always.
 - No ring of the daemon's can block, whatever the client does to the descriptors: one thread answers many clients. Hence
   the completion bell is a socket, written with MSG_DONTWAIT; one that is full has rung.
 """
@@ -40,6 +40,8 @@ _REQUEST_BYTES = HEADER_BYTES + REQUEST_BODY_BYTES
 _COMPLETION_BYTES = HEADER_BYTES + COMPLETION_BODY_BYTES
 # The counters have a cache line and more each: the two sides do not fight for one.
 REQUESTS_POSTED, COMPLETIONS_POSTED = 0, 128
+# Of a counter's own: whether who waits for it looks at it now, and need not be rung.
+_AWAKE_AFTER = 256
 _REQUESTS_AT = 4096
 _COMPLETIONS_AT = _REQUESTS_AT + SLOT_COUNT * _REQUEST_BYTES
 LANE_BYTES = _COMPLETIONS_AT + SLOT_COUNT * _COMPLETION_BYTES
@@ -56,6 +58,11 @@ assert max(REQUEST.size, COMPLETION.size) <= HEADER_BYTES
 def supported() -> bool:
     """Whether the memory order of this machine is the one that the lane needs."""
     return platform.machine() == "x86_64"
+
+
+def awake_at(counter: int) -> int:
+    """Where the side that waits for this counter says 1 while it is awake. Whoever says nothing is rung always."""
+    return counter + _AWAKE_AFTER
 
 
 def request_at(sequence: int) -> int:

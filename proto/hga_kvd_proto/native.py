@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = 1  # as in native.c
+VERSION = 2  # as in native.c
 
 
 class Native(NamedTuple):

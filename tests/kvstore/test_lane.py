@@ -1,7 +1,9 @@
 """The fast lane over a real engine in this process: honest clients, dead ones, and ones that write what they like."""
 
 import errno
+import mmap
 import os
+import signal
 import socket
 import threading
 import time
@@ -9,10 +11,13 @@ import time
 import numpy as np
 import pytest
 from hga_kvd.engine import Engine
-from hga_kvd.lanes import RESTS_MAX, Lanes, Patience
+from hga_kvd.lanes import Lanes
+from hga_kvd.leading import RESTS_MAX, Patience
+from hga_kvd_client.connection import Connection
 from hga_kvd_client.errors import DeadlineExceeded, Unavailable
-from hga_kvd_client.lane import Lane, LaneClosed, Watch
+from hga_kvd_client.lane import Lane, LaneClosed, best_end
 from hga_kvd_proto import lane as layout
+from hga_kvd_proto import native, rings
 from hga_kvd_proto.v1 import kvd_pb2
 from test_service import CODE, Running
 from wire import (
@@ -33,7 +38,7 @@ RECORD = GEOMETRY.record_bytes
 
 
 @pytest.fixture
-def kvd():
+def kvd(either_way):
     running = Running()
     yield running
     running.close()
@@ -441,8 +446,6 @@ def raw(kvd):
 
 
 def layout_map(descriptor):
-    import mmap  # noqa: PLC0415
-
     return mmap.mmap(descriptor, layout.LANE_BYTES)
 
 
@@ -450,7 +453,7 @@ def test_a_call_that_was_given_up_is_passed_over(raw):
     lane, words, _ = raw
     completed = words[layout.COMPLETIONS_POSTED :][:8].cast("Q")
     with pytest.raises(DeadlineExceeded):
-        lane.call(layout.FETCH, b"", 1, timeout_s=0.05)
+        lane.call(0.05, layout.FETCH, b"", 1)
     for sequence in (0, 1):
         layout.COMPLETION.pack_into(words, layout.completion_at(sequence), sequence, 0, 0, 10 + sequence, 0, 0)
     completed[0] = 1
@@ -461,7 +464,7 @@ def test_a_call_that_was_given_up_is_passed_over(raw):
 
     thread = threading.Thread(target=answer_late)
     thread.start()
-    assert lane.call(layout.FETCH, b"", 1, timeout_s=5).chunk_count == 11
+    assert lane.call(5, layout.FETCH, b"", 1).chunk_count == 11
     thread.join()
     lane.close()
 
@@ -470,14 +473,14 @@ def test_a_full_ring_a_closed_lane_and_a_dead_daemon(raw):
     lane, words, alarm = raw
     for _ in range(layout.SLOT_COUNT + 1):  # the last one finds no slot, and overwrites none
         with pytest.raises(DeadlineExceeded):
-            lane.call(layout.FETCH, b"", 1, timeout_s=0.01)
+            lane.call(0.01, layout.FETCH, b"", 1)
     assert words[layout.REQUESTS_POSTED :][:8].cast("Q")[0] == layout.SLOT_COUNT
     os.eventfd_write(alarm, 1)
     with pytest.raises(Unavailable):
-        lane.call(layout.FETCH, b"", 1, timeout_s=5)
+        lane.call(5, layout.FETCH, b"", 1)
     words[layout.COMPLETIONS_POSTED :][:8].cast("Q")[0] = layout.CLOSED
     with pytest.raises(LaneClosed):
-        lane.call(layout.FETCH, b"", 1, timeout_s=5)
+        lane.call(5, layout.FETCH, b"", 1)
     lane.close()
 
 
@@ -512,15 +515,94 @@ def test_after_a_slow_wait_the_leader_sleeps_at_once():
     assert not patience.looks()
 
 
-def test_a_slow_wait_does_not_spin_again():
-    memory = memoryview(bytearray(layout.LANE_BYTES))
-    bell, alarm = os.eventfd(0), os.eventfd(0)
-    watch = Watch(memory, 0, bell, alarm)
-    assert watch.wait(0, 0.02) == 0
-    watch._quick = False
+@pytest.mark.parametrize(("daemon", "client"), [("native", "twin"), ("twin", "native")])
+def test_c_on_one_side_only(monkeypatch, daemon, client):
+    """Each wait of either side is heard, whichever says that it is awake; with pauses after which both sleep."""
+    library = rings.LIBRARY
+    if library is None:
+        pytest.skip(f"native code is {native.STATE}")
+    monkeypatch.setattr(rings, "LIBRARY", library if daemon == "native" else None)
+    kvd = Running()
+    monkeypatch.setattr(rings, "LIBRARY", library if client == "native" else None)
+    connection = Connection(f"unix:{kvd.path}")
+    assert connection.transport == "lane"
+    _, payload = filled(kvd)
+    session_id = connection.open("s", None, create=False).session_id
+    keys = all_keys(3)
+    for number in range(400):
+        some = keys[number % 40 :][: 2 + 30 * (number % 2)]
+        assert connection.fetch(session_id, some).records.tobytes() == records_of(payload, some).tobytes()
+        if number % 50 == 0:
+            time.sleep(0.003)
+    connection.disconnect()
+    kvd.close()
+
+
+@pytest.fixture
+def ends(either_way):
+    """Both ends of a pair of counters, and the alarm of the first."""
+    memory, alarm = mmap.mmap(-1, layout.LANE_BYTES), os.eventfd(0)
+    bells = os.eventfd(0), os.eventfd(0)
+    here = best_end()(memory, layout.REQUESTS_POSTED, layout.COMPLETIONS_POSTED, *bells, alarm)
+    there = best_end()(memory, layout.COMPLETIONS_POSTED, layout.REQUESTS_POSTED, *reversed(bells), alarm)
+    yield here, there, alarm
+    here.close()
+    there.close()
+    for descriptor in (*bells, alarm):
+        os.close(descriptor)
+
+
+def test_a_slow_wait_does_not_spin_again(ends):
+    here, there, _ = ends
+    there._moved[0] = 1
+    assert here.wait(0, 5) == 1  # at once: the next wait looks first
+    late = threading.Timer(0.1, there.exchange, (2, 0, 0.0))
+    late.start()
+    assert here.wait(1, 5) == 2
     before = time.thread_time()
-    assert watch.wait(0, 0.2) == 0
+    assert here.wait(2, 0.2) == 2
     assert time.thread_time() - before < 0.05
-    watch.close()
-    os.close(bell)
-    os.close(alarm)
+    assert not here.alarmed
+    late.join()
+
+
+def test_two_ends_pass_a_count_to_and_fro(ends):
+    """Quickly, and with pauses after which both sleep: no ring is missed."""
+    here, there, _ = ends
+    rounds = 3000
+
+    def echo():
+        for number in range(rounds):
+            assert there.wait(number, 5) == number + 1
+            if number % 500 == 250:
+                time.sleep(0.005)
+            there._moved[0] = number + 1
+            os.eventfd_write(there._rings_bell, 1)
+
+    thread = threading.Thread(target=echo)
+    thread.start()
+    for number in range(rounds):
+        assert here.exchange(number + 1, number, 5) == number + 1
+        if number % 500 == 0:
+            time.sleep(0.005)
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_an_alarm_ends_a_wait_and_a_signal_does_not(ends):
+    here, _, alarm = ends
+    heard = []
+    before = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        started = time.perf_counter()
+        assert here.wait(0, 0.2) == 0
+        assert time.perf_counter() - started >= 0.2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(heard) > 2
+    assert not here.alarmed
+    os.eventfd_write(alarm, 1)
+    assert here.exchange(1, 0, 5) == 0
+    assert here.alarmed
