@@ -32,6 +32,10 @@ BLOCK_BYTES = 4096
 
 EMPTY, FILLING, VALID, BAD = 0, 1, 2, 3
 
+# Slots of all classes together, by page: 16 classes of the smallest extents, or 512 of those of real models. A class keeps
+# books for every slot that it might have: 8 bytes at once, and 80 for those that it gets. That is at most 3 % of the arena.
+BOOKED_SLOTS_MAX = 16 * PAGE_BYTES // BLOCK_BYTES
+
 
 def unit_bytes(record_bytes: int) -> int:
     """Largest power of two that divides a record, at most a page: 8192 -> 8192, 5120 -> 1024."""
@@ -259,6 +263,12 @@ class Arena:
     def slots_max(self, slots: SlotClass) -> int:
         """Slots of this class if it had every page."""
         return self.page_count * slots.slots_per_page
+
+    def may_cut(self, record_bytes: int, records: int) -> bool:
+        """Whether there is such a class, or its books would not take too much memory."""
+        booked = sum(slots.slots_per_page for slots in self._classes.values())
+        known = (record_bytes, records) in self._classes
+        return known or booked + PAGE_BYTES // max(BLOCK_BYTES, record_bytes * records) <= BOOKED_SLOTS_MAX
 
     @property
     def used_bytes(self) -> int:

@@ -44,6 +44,7 @@ class Background:
     def _write_out(self) -> None:
         """Keeps most of the arena free of dirty extents, so that appends rarely wait, and flushes find little left."""
         parts, writeout = self._parts, self._parts.writeout
+        trouble: type[Exception] | None = None
         while not parts.stopping.is_set():
             parts.wake.wait(EXPIRE_S)
             parts.wake.clear()
@@ -51,8 +52,15 @@ class Background:
                 self._expire()
                 while writeout and not parts.stopping.is_set() and writeout.write_ahead():
                     pass
+                if writeout:
+                    writeout.tidy()
+                if trouble:
+                    parts.log.info("background write-out works again")
+                trouble = None
             except (KvdError, OSError) as error:  # dirty data stays; who needs its slots or its durability is told
-                parts.log.warning("background write-out failed", error=str(error))
+                if type(error) is not trouble:  # a full disk stays full for hours: said once
+                    parts.log.warning("background write-out failed", error=str(error))
+                trouble = type(error)
                 parts.stopping.wait(WRITE_RETRY_S)
 
     def _scrub_round(self) -> None:

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
 
     nvme: Path | None = None  # directory of the segments; None: RAM only
     ram: Size = 1 * GIB  # arena
-    nvme_max: Size = 0  # bytes that segments may take; 0: what the file system has, less a reserve
+    nvme_max: Size = 0  # bytes that segments may take; 0: what the file system has, less nvme_reserve
     # Whether sessions that nobody has open and that are not pinned are deleted, oldest first, when space is short.
     evict: Literal["none", "lru"] = "none"
     # unix:PATH (one at most) or HOST:PORT, several allowed; in the environment separated by commas
@@ -113,7 +113,9 @@ class Settings(BaseSettings):
     region_bytes_max: Size = 1 * GIB  # one client's shared memory
     clients_max: int = Field(default=64, gt=0, le=4096)
     sessions_max: int = Field(default=65536, gt=0)
-    chunks_max: int = Field(default=1 << 22, gt=0, le=1 << 24)  # of one session: 268 M tokens
+    geometries_max: int = Field(default=1024, gt=0)  # of sessions opened since the start, about 5 KiB each
+    # Of one session: 268 M tokens. A link frame names them all, in a table of at most 64 MiB.
+    chunks_max: int = Field(default=1 << 22, gt=0, le=1 << 23)
     summary_bytes_max: Size = 1 * MIB  # one chunk, one kind
     # Of one chunk. The basis of a session's sketches is kinds of one chunk, each summary_bytes_max: 25 of them for 48
     # layers, 4 KV heads and dim 128; 84 for 80 layers and 8 KV heads.
@@ -122,7 +124,7 @@ class Settings(BaseSettings):
     # 32 to 64 reads in flight reach full bandwidth; 128 only adds latency (DESIGN section 4).
     queue_depth: int = Field(default=64, gt=0, le=4096)
     segment_bytes: Size = 256 * MIB
-    # Kept free on the file system for the manifest and for other programs when nvme_max is 0.
+    # Kept free on the file system for the manifest and for other programs.
     nvme_reserve: Size = 64 * MIB
     # Bytes a second that are verified in the background; 0: none. 8 MiB/s is 0.5 % of a disk of 1.6 GB/s: 1 TB in 36 h.
     scrub_rate: Size = 8 * MIB

@@ -94,9 +94,8 @@ class Engine:
             return
         try:
             with self._lock:
-                temporary = [s.session_id for s in self._residency.sessions.values() if s.temporary]
-            for session_id in temporary:
-                self.delete(session_id)
+                for session in [s for s in self._residency.sessions.values() if s.temporary]:
+                    self._parts.remove(session)
             self._writeout.finish()
         finally:
             self._disk.shutdown()

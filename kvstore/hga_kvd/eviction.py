@@ -141,17 +141,18 @@ class _Past:
     def __init__(self, slot_count: int) -> None:
         size = 1 << (2 * slot_count - 1).bit_length()
         self._shift = np.uint64(65 - size.bit_length())
-        self._key: I64 = np.full(size, -1, np.int64)
+        # Inverted, so that 0 is none: zeros take no memory until they are used.
+        self._key: I64 = np.zeros(size, np.int64)
         self._log_worth: F64 = np.zeros(size)
 
     def remember(self, keys: I64, log_worth: F64) -> None:
         at = self._at(keys)
-        self._key[at], self._log_worth[at] = keys, log_worth
+        self._key[at], self._log_worth[at] = ~keys, log_worth
 
     def worth(self, keys: I64) -> F64:
         """-inf of those that are not known."""
         at = self._at(keys)
-        return np.where(self._key[at] == keys, self._log_worth[at], -np.inf)
+        return np.where(self._key[at] == ~keys, self._log_worth[at], -np.inf)
 
     def _at(self, keys: I64) -> I64:
         # Fibonacci hashing: the high bits of a product with 2 ** 64 / golden ratio spread neighbours evenly.

@@ -38,7 +38,7 @@ U64 = npt.NDArray[np.uint64]
 
 # Large enough that table and header are noise, small enough that a torn one loses little.
 FRAME_BODY_BYTES = 16 << 20
-# Chunks that one link frame names; a table of 512 KiB.
+# Chunks that one link frame names, a table of 512 KiB, but for the first of an epoch: that one names all.
 LINK_CHUNKS_MAX = 1 << 16
 # Nothing else says which chunks a forked or truncated session has: a bad block must not cost it all of them (ADR 9).
 LINK_COPIES = 2
@@ -122,13 +122,15 @@ def unpin(residency: Residency, jobs: list[Job]) -> None:
 
 def _plan_chunks(residency: Residency, plan: Plan, session: Session, pool: Pool) -> bool:
     """False when no more fits."""
-    whole = session.logged_epoch != session.epoch  # the first frame of an epoch says all that came before it
+    # The first frame of an epoch says all that came before it. One frame, which is there or not: from then on nothing
+    # else tells of it (docs/format.md, "Recovery", step 6).
+    whole = session.logged_epoch != session.epoch
     first = 0 if whole else session.written_count
     while whole or first < session.chunk_count:
         stored = plan.on_disk(session, session.rows[first : session.chunk_count])
         run = int(np.argmin(stored)) if not stored.all() else len(stored)
         if whole or run:
-            run = min(run, LINK_CHUNKS_MAX)
+            run = run if whole else min(run, LINK_CHUNKS_MAX)
             job, copies = _link_job(session, first, run), LINK_COPIES
         else:
             run = int(np.argmax(stored)) if stored.any() else len(stored)

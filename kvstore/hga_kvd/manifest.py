@@ -17,8 +17,14 @@ from hga_kvd.geometry import Geometry
 
 MANIFEST_NAME = "MANIFEST"
 MANIFEST_COPY_NAME = "MANIFEST.copy"
-# 65,536 sessions of about 400 bytes.
+# 65,536 sessions of at most 700 bytes, if their names are not long.
 MANIFEST_TEXT_BYTES_MAX = 64 << 20
+# What of it is for sessions and geometries; the rest names 100,000 segments.
+SESSIONS_TEXT_BYTES_MAX = 56 << 20
+# Runs of chunks that the manifest lists for one session; more are told by a frame.
+LINK_RUNS_MAX = 8
+# What a session takes beside its name and tenant: 160 bytes of field names, numbers of at most 19 digits.
+_SESSION_BYTES = 300 + 42 * LINK_RUNS_MAX
 
 _MANIFEST = struct.Struct("<8sIIQ")
 _MAGIC = b"HGAKVMAN"
@@ -88,6 +94,15 @@ def encode_manifest(manifest: Manifest) -> bytes:
     text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     head = struct.pack("<8sII", _MAGIC, FORMAT_VERSION, len(text))
     return head + struct.pack("<Q", checksum(head + text)) + text
+
+
+def session_bytes_max(name: str, tenant: str) -> int:
+    """The most that a session takes in a manifest, as long as it has at most LINK_RUNS_MAX runs."""
+    return _SESSION_BYTES + len(json.dumps(name)) + len(json.dumps(tenant))
+
+
+def geometry_bytes(geometry: Geometry) -> int:
+    return len(json.dumps(asdict(geometry)))
 
 
 def decode_manifest(content: bytes) -> Manifest:

@@ -281,7 +281,7 @@ def is_header(block: U8, segment_id: int) -> bool:
 
 def is_leftover(disk: Disk, handle: int, segment_id: int) -> bool:
     """Whether the file starts with this segment's header, or with what is left of it if power was lost while it was
-    written: each sector is the header's or still zeros."""
+    written: a sector of it, or nothing but zeros."""
     size = disk.size(handle)
     if size < BLOCK_BYTES:
         return False
@@ -292,7 +292,7 @@ def is_leftover(disk: Disk, handle: int, segment_id: int) -> bool:
         except OSError:
             continue
         sectors = block.reshape(-1, SECTOR_BYTES)
-        if ((sectors == whole).all(1) | ~sectors.any(1)).all() or is_header(block, segment_id):
+        if ((sectors == whole).all(1) & whole.any(1)).any() or not block.any() or is_header(block, segment_id):
             return True
     return False
 

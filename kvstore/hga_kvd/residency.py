@@ -22,6 +22,7 @@ from hga_kvd.errors import KeyOutOfRange, SessionNotFound, StaleEpoch
 from hga_kvd.eviction import Lrfu
 from hga_kvd.geometry import Geometry, Keys
 from hga_kvd.index import ChunkTable, Places, Session
+from hga_kvd.manifest import geometry_bytes, session_bytes_max
 from hga_kvd.memory import address_of, aligned_buffer
 
 I64 = npt.NDArray[np.int64]
@@ -54,6 +55,7 @@ class Residency:
         self.memory = self.arena.region.data
         self.sessions: dict[int, Session] = {}
         self.by_name: dict[str, Session] = {}
+        self.told_bytes = 0  # what sessions with a name, and geometries, take in a manifest at most
         self.pools: list[Pool] = []
         self.evicted_extents = 0
         self.next_session_id = 1
@@ -70,12 +72,21 @@ class Residency:
             pool = Pool(len(self.pools), geometry, table, slots, policy)
             self.pools.append(pool)
             self._pool_of[geometry] = pool
+            self.told_bytes += geometry_bytes(geometry)
         return pool
 
     def chunks_max(self, geometry: Geometry) -> int:
         """Chunks of this geometry that fit in the arena when it holds nothing else."""
         slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
         return self.arena.slots_max(slots) // geometry.layers
+
+    def may_know(self, geometry: Geometry, geometries_max: int) -> bool:
+        """Whether the books of one more geometry may be kept. They are never given up: calls in flight use them."""
+        if geometry in self._pool_of:
+            return True
+        return len(self.pools) < geometries_max and self.arena.may_cut(
+            geometry.record_bytes, geometry.records_per_extent
+        )
 
     @property
     def summary_bytes(self) -> int:
@@ -103,6 +114,7 @@ class Residency:
         self.sessions[session.session_id] = session
         if session.name:
             self.by_name[session.name] = session
+            self.told_bytes += session_bytes_max(session.name, session.tenant)
 
     def remove_session(self, session: Session) -> Places:
         """Returns what it alone had on disk. Calls in flight keep what they pinned."""
@@ -110,6 +122,7 @@ class Residency:
         del self.sessions[session.session_id]
         if session.name:
             del self.by_name[session.name]
+            self.told_bytes -= session_bytes_max(session.name, session.tenant)
         return self.release(session, session.all_rows())
 
     def oldest_idle(self) -> Session | None:

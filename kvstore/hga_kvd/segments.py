@@ -11,6 +11,7 @@ The engine's write-out lock guards appends and creation, its lock guards `live` 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ def tail_of(segment: Segment) -> Places:
 
 class SegmentLog:
     def __init__(self, disk: Disk, segment_bytes: int, bytes_max: int, reserve_bytes: int) -> None:
-        """bytes_max: cap on the sum of segment sizes; 0: what the file system has, less reserve_bytes."""
+        """bytes_max: cap on the sum of segment sizes; 0: none. reserve_bytes: of the file system, never taken: where it is
+        full, there must be room for the manifest that says what was deleted."""
         self._disk = disk
         self._segment_bytes = segment_bytes
         self._bytes_max = bytes_max
@@ -102,16 +104,16 @@ class SegmentLog:
         self.can_punch = True
         # Their files are still there and take space, whatever removing them has met.
         self._condemned: list[Segment] = []
+        self.foreign_bytes = 0  # of files that have a segment's name and are not ours
 
     def used_bytes(self) -> int:
-        """Space that segments take."""
-        return sum(segment.taken for segment in [*self.segments.values(), *self._condemned])
+        """Space that files with a segment's name take."""
+        return sum(segment.taken for segment in [*self.segments.values(), *self._condemned]) + self.foreign_bytes
 
     def capacity_bytes(self) -> int:
         """Most that segments may take."""
-        if self._bytes_max:
-            return self._bytes_max
-        return max(0, self.used_bytes() + self._disk.free_bytes() - self._reserve_bytes)
+        there = max(0, self.used_bytes() + self._disk.free_bytes() - self._reserve_bytes)
+        return min(there, self._bytes_max or there)
 
     def room(self) -> int:
         """Bytes that the open segment still takes."""
@@ -126,7 +128,8 @@ class SegmentLog:
         smallest = max(SEGMENT_BYTES_MIN, BLOCK_BYTES + frame_bytes_min)
         left = (self.capacity_bytes() - self.used_bytes()) // BLOCK_BYTES * BLOCK_BYTES
         if left < smallest:
-            more = "raise nvme_max" if self._bytes_max else "free space on its file system"
+            capped = self.capacity_bytes() == self._bytes_max
+            more = "raise nvme_max" if capped else f"free some (nvme_reserve, {self._reserve_bytes}, stays free)"
             raise StorageFull(
                 f"NVMe is full: segments take {self.used_bytes()} of {self.capacity_bytes()} bytes and a frame of "
                 f"{frame_bytes_min} does not fit; delete sessions, or {more}"
@@ -265,13 +268,20 @@ class SegmentLog:
         for segment in segments:
             segment.pins -= 1
 
+    def has_dead(self) -> bool:
+        """Whether a segment's file could go now, unless it is damaged."""
+        return bool(self._condemned) or any(self._is_dead(s) and not s.damaged for s in self.segments.values())
+
+    def _is_dead(self, segment: Segment) -> bool:
+        used = segment is not self.open or segment.used_bytes > BLOCK_BYTES
+        return used and not segment.live and not segment.pins
+
     def drop_dead(self, damaged_too: bool) -> list[Segment]:
         """Takes segments out of the log that hold nothing live and that nobody reads; `erase` them, manifest first.
 
         Returns also those that earlier calls took out and could not erase.
         """
-        dead = [s for s in self.segments.values() if not s.live and not s.pins and (damaged_too or not s.damaged)]
-        dead = [s for s in dead if s is not self.open or s.used_bytes > BLOCK_BYTES]
+        dead = [s for s in self.segments.values() if self._is_dead(s) and (damaged_too or not s.damaged)]
         for segment in dead:
             del self.segments[segment.segment_id]
             if segment is self.open:
@@ -283,7 +293,8 @@ class SegmentLog:
         """Removes the files of segments that the manifest does not name any more. Raises OSError."""
         for segment in segments:
             if segment.handle >= 0:
-                self._disk.remove(segment_name(segment.segment_id))
+                with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+                    self._disk.remove(segment_name(segment.segment_id))
                 self._disk.close(segment.handle)
             self._condemned.remove(segment)
         if segments:

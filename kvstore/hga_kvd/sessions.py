@@ -13,6 +13,7 @@ from hga_kvd.config import Settings
 from hga_kvd.errors import GeometryMismatch, InvalidRequest, KeyOutOfRange, LimitExceeded
 from hga_kvd.geometry import Geometry
 from hga_kvd.index import I64, LOST_ROW, ChunkTable, Places, Session
+from hga_kvd.manifest import SESSIONS_TEXT_BYTES_MAX, session_bytes_max
 from hga_kvd.residency import Residency
 
 NAME_BYTES_MAX = 256
@@ -63,6 +64,17 @@ def make(
     """A new, empty session. Raises: LimitExceeded."""
     if len(residency.sessions) >= settings.sessions_max:
         raise LimitExceeded(f"there are {settings.sessions_max} sessions already; delete some")
+    if name and residency.told_bytes + session_bytes_max(name, tenant) > SESSIONS_TEXT_BYTES_MAX:
+        raise LimitExceeded(
+            f"the names of {len(residency.by_name)} sessions fill the manifest, which may have "
+            f"{SESSIONS_TEXT_BYTES_MAX} bytes of them; delete some, or choose shorter names"
+        )
+    if not residency.may_know(geometry, settings.geometries_max):
+        raise LimitExceeded(
+            f"sessions of {len(residency.pools)} geometries were opened since the daemon started, and another one is more "
+            f"than it keeps books for (at most {settings.geometries_max}, fewer of small extents); restart it, which "
+            "forgets those that no session has"
+        )
     if not residency.chunks_max(geometry):
         raise LimitExceeded(
             f"one chunk of this geometry takes {geometry.chunk_bytes} bytes in {geometry.layers} extents, more "

@@ -199,12 +199,13 @@ def _remove_leftovers(disk: Disk, manifest: Manifest, segments: SegmentLog, log:
             continue
         segments.next_segment_id = max(segments.next_segment_id, segment_id + 1)
         handle = disk.open(name)
-        ours = is_leftover(disk, handle, segment_id)
+        ours, size = is_leftover(disk, handle, segment_id), disk.taken(handle)
         disk.close(handle)
         if ours:
             disk.remove(name)
             log.info("leftover removed", segment=name)
         else:
+            segments.foreign_bytes += size
             log.warning("unknown file left alone", file=name, error="its name is a segment's, its content is not")
 
 

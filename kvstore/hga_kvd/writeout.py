@@ -10,6 +10,7 @@ the other way round. Calls that wait for the barrier to flush are served togethe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from collections import OrderedDict
@@ -23,7 +24,16 @@ from hga_kvd.disk import Disk
 from hga_kvd.errors import StorageFull, WriteFailed
 from hga_kvd.index import U64, Places, Session
 from hga_kvd.jobs import Job
-from hga_kvd.manifest import MANIFEST_COPY_NAME, MANIFEST_NAME, Manifest, SegmentEntry, SessionEntry, encode_manifest
+from hga_kvd.manifest import (
+    LINK_RUNS_MAX,
+    MANIFEST_COPY_NAME,
+    MANIFEST_NAME,
+    MANIFEST_TEXT_BYTES_MAX,
+    Manifest,
+    SegmentEntry,
+    SessionEntry,
+    encode_manifest,
+)
 from hga_kvd.residency import Residency
 from hga_kvd.segments import SegmentLog
 
@@ -124,6 +134,11 @@ class WriteOut:
         Raises: WriteFailed.
         """
         with self.barrier:
+            with self._lock:
+                runs = 0 if session.temporary else len(_links(session) or ())
+            if runs > LINK_RUNS_MAX:
+                with contextlib.suppress(StorageFull, WriteFailed):  # then the manifest lists them
+                    self.round([session])
             try:
                 if session.session_id in self.named or self.unsure:
                     self.write_manifest()
@@ -141,13 +156,23 @@ class WriteOut:
             self.write_manifest()
             self.collect()
 
+    def tidy(self) -> None:
+        """Gives back what could not be when it died: calls were reading it, or the device refused. Raises: OSError."""
+        with self.barrier:
+            with self._lock:
+                left = self.segments.has_dead()
+            if left:
+                self.collect()
+            self._free = self.segments.punch(self._free)
+
     def finish(self) -> None:
         """Makes everything durable and says so in the manifest. Raises: WriteFailed, StorageFull."""
         with self.barrier:
             while self.round():
                 pass
-            try:
+            with contextlib.suppress(OSError):  # the next start gives back what this does not
                 self.collect()
+            try:
                 self.write_manifest(clean=True)
             except OSError as error:
                 raise WriteFailed(f"the manifest could not be written ({error}); the next start reads more") from error
@@ -285,6 +310,8 @@ class WriteOut:
         self.unsure = True
         content = encode_manifest(manifest)
         try:
+            if len(content) > MANIFEST_TEXT_BYTES_MAX:  # no start would read it
+                raise OSError(errno.EFBIG, f"it has {len(content)} bytes, too many: delete sessions")
             self._disk.replace(MANIFEST_NAME, content)
         except BaseException:
             with self._lock:
@@ -317,14 +344,18 @@ def _has_frame(session: Session) -> bool:
     return not session.temporary and unwritten * session.table.chunk_stride >= jobs.FRAME_BODY_BYTES
 
 
+def _links(session: Session) -> tuple[tuple[int, int], ...] | None:
+    """What the manifest has to say of its chunks, as long as no frame of this epoch does."""
+    if session.logged_epoch == session.epoch:
+        return None
+    return _runs(session.table.uid[session.rows[: session.written_count]])
+
+
 def _entry(session: Session) -> SessionEntry:
-    links = None
-    if session.logged_epoch != session.epoch:
-        links = _runs(session.table.uid[session.rows[: session.written_count]])
     # fmt: off
     return SessionEntry(
         session.session_id, session.name, session.table.geometry, session.written_count, session.epoch, session.tenant,
-        session.ttl_s, session.pinned, links, int(session.used_at),
+        session.ttl_s, session.pinned, _links(session), int(session.used_at),
     )
     # fmt: on
 

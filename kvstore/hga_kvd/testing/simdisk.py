@@ -283,6 +283,8 @@ class SimDisk:
     def remove(self, name: str) -> None:
         with self._lock:
             self._step("remove")
+            if name not in self._files:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             del self._files[name]
 
     def read_file(self, name: str) -> bytes:
@@ -300,6 +302,8 @@ class SimDisk:
                 if self._chance is not None and self._chance.random() < 0.5:
                     self._files[name] = self._durable_names[name] = file
                 raise
+            if len(content) > self._free():  # the old one is there until this one is
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             if fault is not None:
                 if fault.kind == "done":  # renamed, and then the directory's sync failed
                     self._files[name] = file

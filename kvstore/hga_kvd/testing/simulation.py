@@ -328,7 +328,7 @@ class Simulation:
 @cache
 def _settings(segment_bytes: int, nvme_max: int, evicts: bool) -> Settings:
     evict: Literal["none", "lru"] = "lru" if evicts else "none"
-    return Settings(ram=2 * MIB, segment_bytes=segment_bytes, nvme_max=nvme_max, nvme_reserve=0, evict=evict)
+    return Settings(ram=2 * MIB, segment_bytes=segment_bytes, nvme_max=nvme_max, nvme_reserve=64 * KIB, evict=evict)
 
 
 def run(seed: int, severity: Severity | None = None) -> Result:
