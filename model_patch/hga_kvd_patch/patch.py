@@ -15,36 +15,33 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from hga_kvd_client import Client, Geometry, Session, SessionOptions, connect
-from hga_kvd_client.errors import KvdError, RecordsDamaged, SessionLost
+from hga_kvd_client import Client, Geometry, SessionOptions, connect
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from hga_kvd_patch.attention import NAME, STEP
-from hga_kvd_patch.cache import Block, HgaCache
+from hga_kvd_patch.attention import NAME
+from hga_kvd_patch.cache import HgaCache
 from hga_kvd_patch.errors import (
     AlreadyPatched,
     CacheRefused,
     CallRefused,
     NotPatched,
     PatchError,
-    TextMismatch,
 )
 from hga_kvd_patch.examine import DTYPES, ModelFacts, examine
+from hga_kvd_patch.feeding import Feeding
 from hga_kvd_patch.fingerprint import model_fingerprint
 from hga_kvd_patch.inputs import Input, blocks, merge, pick_rows, positions, read_input, same_rows
 from hga_kvd_patch.naming import CACHE, take_cache
+from hga_kvd_patch.sessions import Sessions
 
 logger = logging.getLogger("hga_kvd_patch")
 
@@ -57,8 +54,6 @@ _MODES = (
     GenerationMode.BEAM_SAMPLE,
     GenerationMode.ASSISTED_GENERATION,
 )
-# Places of damage that one block gets over before the error is the caller's.
-_RECOMPUTES_MAX = 16
 
 
 class Patched:
@@ -97,14 +92,21 @@ class Patched:
                 facts.decoder.config.to_dict(), facts.decoder, revision, options.prefill_text()
             ),
         )
-        self._dtype, self._device = facts.dtype, facts.device
-        self._owns_client = owns_client
+        self._device, self._owns_client = facts.device, owns_client
         self._prefill_block, self._resume_steps = prefill_block, resume_steps
-        self._diverging, self._share_prefix, self._tenant, self._ttl_s = diverging, share_prefix, tenant, ttl_s
         self._caches: weakref.WeakSet[HgaCache] = weakref.WeakSet()
-        self._retired: list[Session] = []
-        self._busy = False
-        self._thread = threading.get_ident()
+        self._sessions = Sessions(
+            client,
+            self.geometry,
+            self.rope,
+            options,
+            facts.device,
+            facts.dtype,
+            diverging=diverging,
+            share_prefix=share_prefix,
+            tenant=tenant,
+            ttl_s=ttl_s,
+        )
         self._undo: list[Callable[[], None]] = []
 
     # Caches.
@@ -114,8 +116,8 @@ class Patched:
 
         A name is held by one cache at a time: an older one of this name is closed when the new one opens it.
         """
-        self._close_retired()
-        cache = HgaCache(self, self.geometry.layers, session, self._retire)
+        self._sessions.close_retired()
+        cache = HgaCache(self, self.geometry.layers, session, self._sessions.retire)
         self._caches.add(cache)
         return cache
 
@@ -123,94 +125,20 @@ class Patched:
         for other in list(self._caches):
             if other is not cache and cache.name is not None and other.name == cache.name and not cache.sessions:
                 other.close(f"session {cache.name!r} was taken up by a newer cache")
-        self._close_retired()
+        self._sessions.close_retired()
         # The first column whose output the caller wants, at the latest: K/V of columns before it may be there already.
         wanted = min(given.columns, cache.prompt_columns or given.columns) - 1
         cache.open(
             len(given.starts),
-            lambda row: self._open_session(cache.name, given.row_ids(row), max(0, wanted - given.starts[row])),
+            lambda row: self._sessions.open(cache.name, given.row_ids(row), max(0, wanted - given.starts[row])),
         )
-
-    def _open_session(self, name: str | None, ids: npt.NDArray[np.uint32] | None, most: int) -> Session:
-        """A session that holds at most the first `most` tokens of ids, and no others."""
-        arguments: dict[str, Any] = {"tenant": self._tenant, "ttl_s": self._ttl_s}
-        if self._share_prefix and ids is not None:
-            # One less, because a prompt's last token alone would be a decode step.
-            arguments["token_ids"] = ids[: max(0, most - 1)]
-
-        def opened(**more: Any) -> Session:
-            return self.client.open(
-                name, self.geometry, self.rope, self.options, self._device, self._dtype, **arguments, **more
-            )
-
-        try:
-            session = opened()
-        except RecordsDamaged:
-            # Cut back only a session that can be computed again: a new one, or one whose text we were given.
-            if ids is None:
-                raise
-            if name is not None:
-                stored = self.client.token_ids(name, self._tenant)
-                if len(stored) and not np.array_equal(stored[: len(ids)], ids[: len(stored)]):
-                    raise
-            session = opened(salvage=True)
-        try:
-            if session.tokens and not session.created:
-                self._reconcile(session, ids, most)
-        except BaseException:
-            session.close()
-            raise
-        return session
-
-    def _reconcile(self, session: Session, ids: npt.NDArray[np.uint32] | None, most: int) -> None:
-        """Makes sure that a session that was taken up holds the first tokens of ids, at most `most`.
-
-        Raises: TextMismatch if tokens that are not in ids would have to go, and nobody allowed that.
-        """
-        known, stored = session.known_ids(), session.tokens
-        if known is None or len(known) != stored:
-            raise TextMismatch(
-                f"session {session.name!r} holds {stored} tokens but not their ids, so it cannot be told whether they "
-                "are the ones of the input: use another name, or delete the session"
-            )
-        assert ids is not None
-        shared = min(stored, len(ids))
-        different = (known[:shared] != ids[:shared]).nonzero()[0]
-        same = int(different[0]) if len(different) else shared
-        if same < stored and self._diverging == "refuse":
-            other = (
-                f"holds another text: token {same} is {int(known[same])} there and {int(ids[same])} in the input"
-                if same < shared
-                else f"holds {stored} tokens and the input has {len(ids)}"
-            )
-            raise TextMismatch(
-                f"session {session.name!r} {other}; use another name, delete the session, or patch with "
-                "diverging='truncate' to cut it back to what both have"
-            )
-        if same < stored:
-            logger.warning("session %r is cut back from %d tokens to the %d of the input", session.name, stored, same)
-        session.truncate(min(same, most))
-
-    def _retire(self, sessions: list[Session]) -> None:
-        """Takes sessions that no cache has any more. Closing one talks to the daemon, so not in the middle of a call:
-        the garbage collector may come from anywhere."""
-        self._retired.extend(sessions)
-        if not self._busy and threading.get_ident() == self._thread:
-            self._close_retired()
-
-    def _close_retired(self) -> None:
-        while self._retired:
-            session = self._retired.pop()
-            try:
-                session.close()
-            except KvdError as error:
-                logger.warning("session %r was not closed properly: %s", session.name, error)
 
     # What is put on the model.
 
     def _install(self) -> None:
         decoder, model = self.decoder, self.model
         self._forward = decoder.forward
+        self._feeding = Feeding(self._forward, self._device, self.geometry.chunk_tokens, self._prefill_block)
         self._names = _parameters(self._forward)
         self._prepare = getattr(model, _PREPARE, None)  # only models that generate have it
         expected = ["generation_config", "model_kwargs", "generation_mode"]
@@ -237,7 +165,7 @@ class Patched:
             undo()
         for cache in list(self._caches):
             cache.close("the model is no longer patched")
-        self._close_retired()
+        self._sessions.close_retired()
         if self._owns_client:
             self.client.close()
 
@@ -285,11 +213,8 @@ class Patched:
         _refuse_gradients()
         if cache.owner is not self:
             raise CacheRefused("this HgaCache was made by another patched model, or by an earlier patch of this one")
-        self._busy, self._thread = True, threading.get_ident()
-        try:
+        with self._sessions.call():
             return self._run(cache, arguments)
-        finally:
-            self._busy = False
 
     def _run(self, cache: HgaCache, arguments: dict[str, Any]) -> Any:
         return_dict = arguments.pop("return_dict", None)
@@ -327,7 +252,7 @@ class Patched:
         try:
             for first, end in spans:
                 starts = [min(max(column - first, 0), end - first) for column in fed_from]
-                outputs.append(self._run_block(cache, given, starts, places, (first, end), arguments))
+                outputs.append(self._feeding.block(cache, given, starts, places, (first, end), arguments))
             merged = merge(outputs, skipped, [end if held else 0 for end, held in zip(fed_from, stored, strict=True)])
             if repeated:
                 pick_rows(merged, repeated[1])
@@ -340,84 +265,6 @@ class Patched:
         if not (self.decoder.config.return_dict if return_dict is None else return_dict):
             return merged.to_tuple()
         return merged
-
-    def _run_block(
-        self,
-        cache: HgaCache,
-        given: Input,
-        starts: list[int],
-        places: Tensor,
-        span: tuple[int, int],
-        arguments: dict[str, Any],
-    ) -> Any:
-        """starts: for each sequence its first token in the block; span: first and end of the columns of the block."""
-        first, end = span
-        own: dict[str, Any] = arguments | {"position_ids": places[:, first:end]}
-        if given.ids is not None:
-            own["input_ids"] = given.ids[:, first:end]
-        else:
-            assert given.embeds is not None
-            own["inputs_embeds"] = given.embeds[:, first:end]
-        tokens = [session.tokens for session in cache.sessions]
-        for _ in range(_RECOMPUTES_MAX):
-            if given.ids is not None:
-                for row, (session, start) in enumerate(zip(cache.sessions, starts, strict=True)):
-                    if start < end - first:
-                        session.note_tokens(given.ids[row, first + start : end])
-            block = None
-            try:
-                with cache.block(starts, end - first) as block:
-                    return self._call(cache, block, own)
-            except (RecordsDamaged, SessionLost) as error:
-                if block is None or block.failed is None:
-                    raise
-                self._compute_again(cache, block.failed, tokens[block.failed], error)
-        raise KvdError(f"stored K/V was damaged {_RECOMPUTES_MAX} times during one call: look at the daemon's device")
-
-    def _call(self, cache: HgaCache, block: Block, arguments: dict[str, Any]) -> Any:
-        """The decoder's own forward, for one block."""
-        own = {
-            "attention_mask": None,  # causality and padding are the block's
-            CACHE: cache,
-            "use_cache": True,
-            "return_dict": True,
-        }
-        return self._forward(**(arguments | own), **{STEP: block})
-
-    def _compute_again(self, cache: HgaCache, row: int, tokens: int, error: RecordsDamaged | SessionLost) -> None:
-        """Cuts a sequence's session back to before what is damaged or lost, and feeds its tokens again, up to `tokens`.
-
-        Raises: the error itself if the ids are not known, or if it cannot be got over.
-        """
-        session = cache.sessions[row]
-        ids = session.known_ids()
-        if ids is None:
-            raise error
-        logger.warning("K/V of tokens from %d on is computed again: %s", _first(error), error)
-        for _ in range(_RECOMPUTES_MAX):
-            try:
-                # Whole chunks: what else is damaged in this one would only be met later.
-                session.truncate(_first(error) // self.geometry.chunk_tokens * self.geometry.chunk_tokens)
-                for first, end in list(blocks(tokens - session.tokens, self._prefill_block)):
-                    self._feed(cache, row, ids, session.tokens, session.tokens + end - first)
-            except (RecordsDamaged, SessionLost) as again:
-                error = again
-            else:
-                return
-        raise error
-
-    def _feed(self, cache: HgaCache, row: int, ids: npt.NDArray[np.uint32], first: int, end: int) -> None:
-        """Runs tokens first .. end-1 of one sequence, for the sake of their K/V alone."""
-        cache.sessions[row].note_tokens(ids[first:end])
-        tokens = torch.from_numpy(ids[first:end].astype(np.int64))[None].to(self._device)
-        places = torch.arange(first, end, device=self._device)[None]
-        with cache.block([0], end - first, row) as block:
-            self._call(cache, block, {"input_ids": tokens, "position_ids": places})
-
-
-def _first(error: RecordsDamaged | SessionLost) -> int:
-    """The first token that is damaged or lost."""
-    return min(first for first, _ in error.token_ranges)
 
 
 def patch(
