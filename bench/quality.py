@@ -10,11 +10,11 @@ short goes on where it was, and the table of a run elsewhere is made from its li
 
 from __future__ import annotations
 
-import itertools
 import json
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,8 +79,8 @@ class Study:
         return [(text, specs) for text, specs in found if specs]
 
 
-# What a process has to do: (study, text and its rows) in turn, device, config and weights of the model.
-Work = list[tuple[str, tuple[texts.Text, list[Spec]]]]
+# What is to be done: (study, (text, its rows)).
+Work = Iterable[tuple[str, tuple[texts.Text, list[Spec]]]]
 
 
 def measure(work: Work, device: str, config: Any, weights: dict[str, Tensor], emit: Callable[[str, Any], None]) -> None:
@@ -109,11 +109,11 @@ def measure(work: Work, device: str, config: Any, weights: dict[str, Tensor], em
             emit(study, line)
 
 
-def in_a_process(work: Work, device: str, config: Any, weights: dict[str, Tensor], lines: Any) -> None:
-    """`measure` into the queue `lines`, then None."""
+def in_a_process(work: Any, device: str, config: Any, weights: dict[str, Tensor], lines: Any) -> None:
+    """`measure` from the queue `work`, up to None, into the queue `lines`, then None."""
     torch.set_num_threads(1)
     try:
-        measure(work, device, config, weights, lambda *line: lines.put(line))
+        measure(iter(work.get, None), device, config, weights, lambda *line: lines.put(line))
     finally:
         lines.put(None)
 
@@ -125,12 +125,9 @@ def head_dim_of(config: Any) -> int:
 def run(studies: list[Study], device: str, jobs: int, directory: Path) -> None:
     """Adds to the studies' files what they lack."""
     paths = {study.name: study.path for study in studies}
-    parts: list[Work] = [[] for _ in range(jobs)]
-    for study in studies:
-        for part, lacking in zip(itertools.cycle(parts), study.lacking(), strict=False):
-            part.append((study.name, lacking))
-    parts = [part for part in parts if part]
-    if not parts:
+    lacking = [(study.name, one) for study in studies for one in study.lacking()]
+    lacking.sort(key=lambda work: -len(work[1][0][1]))  # the longest texts first: none is left to the end alone
+    if not lacking:
         return
     config = smollm2.config(directory)
     weights = smollm2.weights(directory, config)
@@ -141,14 +138,17 @@ def run(studies: list[Study], device: str, jobs: int, directory: Path) -> None:
         gap = line["loss"] - line["loss_dense"]
         print(f"{study}: {line['text']}: {line['row']}: {gap:+.4f} ({line['seconds']:.1f} s)", flush=True)
 
-    if len(parts) == 1:
-        measure(parts[0], device, config, weights, keep)
+    if jobs == 1:
+        measure(lacking, device, config, weights, keep)
         return
     context = multiprocessing.get_context("spawn")  # torch's: weights are shared, not copied
-    lines = context.Queue()
-    workers = [context.Process(target=in_a_process, args=(part, device, config, weights, lines)) for part in parts]
+    lines, work = context.Queue(), context.Queue()
+    shared = (work, device, config, weights, lines)
+    workers = [context.Process(target=in_a_process, args=shared) for _ in range(min(jobs, len(lacking)))]
     for worker in workers:
         worker.start()
+    for one in (*lacking, *[None] * len(workers)):
+        work.put(one)
     left = len(workers)
     while left:
         line = lines.get()
@@ -262,6 +262,7 @@ def main(
     extra: Annotated[bool, typer.Option(help="cover, routed prefill and fp8 K/V")] = False,
     drift: Annotated[list[str] | None, typer.Option(help="texts that change: start, turns, long")] = None,
     daemon: Annotated[int, typer.Option(help="tokens of the first text, decoded by a real daemon too", min=0)] = 0,
+    only: Annotated[str, typer.Option(help="rows whose `study: label` has this regular expression")] = "",
     lines: Annotated[Path | None, typer.Option(help="directory of the losses; build/quality if not told")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="where the numbers go")] = None,
     model: Annotated[Path, typer.Option(help="directory of the weights")] = BUILD / "model",
@@ -287,10 +288,14 @@ def main(
         asked.append((f"drift-{how}", drift_rows(head_dim, len(changing[0][1]) // 2), changing))
     if extra:
         asked.append(("extra", extra_rows(head_dim), found))
-    studies = [Study(*one, place / f"{one[0]}.jsonl") for one in asked]
+    studies = []
+    for name, specs, several in asked:
+        chosen = [spec for spec in specs if re.search(only, f"{name}: {spec.label()}")]
+        if chosen:
+            studies.append(Study(name, chosen, several, place / f"{name}.jsonl"))
     for study in studies:
         name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-        study.begin({"tokens": tokens.name, "device": name, "jobs": jobs, "command": " ".join(sys.argv)})
+        study.begin({"tokens": tokens.name, "device": name, "jobs": jobs, "only": only, "command": " ".join(sys.argv)})
     if measure_lacking:
         run(studies, device, jobs, model)
     numbers: dict[str, Any] = {}

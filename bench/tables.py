@@ -102,12 +102,12 @@ QUALITY_KINDS = ("window", "hga", "sketch", "oracle")
 
 def quality(root: Path) -> str:
     """The newest table of bench/quality.py: both routers and their bounds."""
-    found = _studies(root).get("table")
+    found = _studies(root).get(("table", ""))
     return (_quality([found], QUALITY_KINDS) if found else "") + _through_daemon(root)
 
 
 def quality_studies(root: Path) -> str:
-    """All rows of the newest run of every study of bench/quality.py."""
+    """All rows of the newest run of every study of bench/quality.py; what was run of some rows only stands beside it."""
     return _quality(list(_studies(root).values()), ())
 
 
@@ -124,9 +124,10 @@ def _through_daemon(root: Path) -> str:
     return ""
 
 
-def _studies(root: Path) -> dict[str, Line]:
-    found = lines("quality", root)
-    return {line["config"]["what"]: line for line in found if "table" in line["numbers"]}
+def _studies(root: Path) -> dict[tuple[str, str], Line]:
+    """By name, and by the rows that it was run of (`--only`)."""
+    found = [line for line in lines("quality", root) if "table" in line["numbers"]]
+    return {(line["config"]["what"], line["config"].get("only", "")): line for line in found}
 
 
 def _quality(studies: list[Line], kinds: tuple[str, ...]) -> str:
