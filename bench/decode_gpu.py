@@ -187,7 +187,8 @@ class Sequence:
 
         def copy(layer: int) -> None:
             landing = step._staging if step._landing is None else step._landing.words
-            step._calls.land(landing, step._staging, step._mail[-1], step._control, step._lists, step.records[layer])
+            tables, records = step._tables[layer], step.records[layer]
+            step._calls.land(landing, step._staging, step._mail[-1], step._control, step._lists, tables, records)
 
         synchronize(self.device)
         copied = int(step._lists.late_counts.sum())

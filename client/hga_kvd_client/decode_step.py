@@ -42,9 +42,11 @@ from hga_kvd_client.kernels import (
     MAIL_POSTED,
     MAIL_Q,
     MAIL_READY,
-    MAIL_SOURCE,
     MAIL_V,
+    NEVER,
     OPENED_SHIFT,
+    READY_SHIFT,
+    STAGED,
     STEP,
     STEP_SHIFT,
     WINDOW_TOKENS,
@@ -288,9 +290,7 @@ class DecodeStep:
 
         Read in place if it lies in the registered landing: it must stay until `settle` or the next `misses` returns.
         """
-        mail = self._mail_host[layer]
-        mail[MAIL_SOURCE] = self._placed(records)
-        mail[MAIL_READY] = self._step
+        self._mail_host[layer][MAIL_READY] = self._step << READY_SHIFT | self._placed(records)
         if not self._whole:
             self._finish(layer)
         self._reading = self._on_gpu
@@ -316,7 +316,7 @@ class DecodeStep:
     def abandon(self, layer: int) -> None:
         """A fetch failed: the device goes on without it, and the layer's bank forgets what it holds. The token's other
         layers stay as they are; the next thing to do is `begin`."""
-        self._mail_host[layer][MAIL_READY] = -self._step
+        self._mail_host[layer][MAIL_READY] = self._step << READY_SHIFT | NEVER
         self._tables[layer].forget()
         self.token = -1
 
@@ -391,9 +391,9 @@ class DecodeStep:
 
     def _finish(self, layer: int) -> None:
         """What came late, and the result."""
-        lists = self._lists
+        lists, tables, records = self._lists, self._tables[layer], self.records[layer]
         landing = self._staging if self._landing is None or self._landing.words is None else self._landing.words
-        self._calls.land(landing, self._staging, self._mail[layer], self._control, lists, self.records[layer])
+        self._calls.land(landing, self._staging, self._mail[layer], self._control, lists, tables, records)
         self._attend(layer, lists.late, lists.late_counts, slice(self._early, None))
         self._calls.merge(self._out, self._lse, self._result, self._lse_of_all)
 
@@ -429,15 +429,15 @@ class DecodeStep:
                 assert not idle or words[head] >> STEP_SHIFT == step, "the device is idle and did not post its misses"
 
     def _placed(self, records: Bytes) -> int:
-        """Where the device reads them, as MAIL_SOURCE has it."""
+        """Where the device reads them, as MAIL_READY has it."""
         landing = self._landing
         if landing is not None and landing.words is not None:
             offset = records.ctypes.data - landing.place
             if offset >= 0 and offset + records.nbytes <= landing.memory.nbytes and offset % 16 == 0:
-                return int(offset) // 8
+                return int(offset) // 16
         # An earlier layer has read what was there: it came before the misses of this one.
         self._staging_host[: records.nbytes] = records.reshape(-1)
-        return -1
+        return STAGED
 
     def _reserve(self, state: State) -> None:
         kv_heads, ratio, _ = self._q.shape

@@ -21,10 +21,12 @@ from hga_kvd_client.kernels import (
     MAIL_POSTED,
     MAIL_Q,
     MAIL_READY,
-    MAIL_SOURCE,
     MAIL_V,
+    NEVER,
     OPENED_SHIFT,
+    READY_SHIFT,
     SLOTS_MAX,
+    STAGED,
     STEP,
     STEP_SHIFT,
     WINDOW_TOKENS,
@@ -145,7 +147,9 @@ def test_records_in_8_bits_are_read_with_the_scales_inside_them():
         (SketchSpec(32, 8, 0), 16),
     ],
 )
-def test_log_mass_from_packed_sketches(spec, ratio):
+@pytest.mark.parametrize("programs", [sketch_kernels.PROGRAMS, 5], ids=["a block each", "two blocks each"])
+def test_log_mass_from_packed_sketches(spec, ratio, programs, monkeypatch):
+    monkeypatch.setattr(sketch_kernels, "PROGRAMS", programs)
     kv_heads, chunks, dim = 2, 40, spec.head_dim
     first, count = 2, 37
     keys = normal(kv_heads, chunks * spec.chunk_tokens, dim, seed=1) * torch.linspace(2, 0.1, dim, device=DEVICE) + 0.5
@@ -157,18 +161,18 @@ def test_log_mass_from_packed_sketches(spec, ratio):
         [encode(spec, basis, part) for part in keys.view(kv_heads, chunks, spec.chunk_tokens, dim).unbind(1)], 1
     )
     numbers = control(groups=count * spec.groups_per_chunk, first=first * spec.groups_per_chunk)
-    capacity = 4 * sketch_kernels.BLOCK_GROUPS
+    capacity = 5 * sketch_kernels.BLOCK_GROUPS
     found = []
     for kind in ("", "_twin"):
         z = torch.bmm(q * dim**-0.5, basis.to_z.transpose(1, 2))
         out = torch.full((kv_heads, capacity, ratio), torch.nan, device=DEVICE)
-        lse = torch.full((4, kv_heads * ratio), torch.nan, device=DEVICE)
+        lse = torch.full((5, kv_heads * ratio), torch.nan, device=DEVICE)
         getattr(sketch_kernels, f"log_mass{kind}")(spec, z, basis.centre, records, numbers, out, lse)
         found.append((out[:, : count * 4], lse))
     (out, lse), (twin_out, twin_lse) = found
     assert (out - twin_out).abs().max() < 5e-3, "nats; queries are rounded to float16"
     assert torch.equal(lse.isinf(), twin_lse.isinf())
-    assert lse[3].isinf().all()
+    assert lse[3:].isinf().all()
     assert (lse[:3] - twin_lse[:3]).abs().nan_to_num().max() < 5e-3
 
 
@@ -368,14 +372,14 @@ def test_bank_replaces_the_least_recently_opened_and_lists_what_is_missing(kv_he
             source = torch.zeros(8 + len(wire) * 8 * dim // 2, dtype=torch.int64, pin_memory=DEVICE == "cuda")
             source[8:] = store[heads, groups].reshape(-1).view(torch.int64)
             landing, staging = (source, source[:0]) if step % 2 else (source[:0], source[8:])
-            mail[MAIL_SOURCE] = 8 if step % 2 else -1
-            for ready in (-step, step):  # first: they will not come
-                mail[MAIL_READY] = ready
+            for where in (NEVER, 4 if step % 2 else STAGED):
+                mail[MAIL_READY] = step << READY_SHIFT | where
                 before = records.clone()
-                land(landing, staging, mail, numbers, lists, records)
+                tables.arrived.zero_()
+                land(landing, staging, mail, numbers, lists, tables, records)
                 if DEVICE == "cuda":
                     torch.cuda.synchronize()
-                assert torch.equal(records, before) == (ready < 0 or not len(wire))
+                assert torch.equal(records, before) == (where == NEVER or not len(wire))
             missing = {(h, g) for h, g in mask.nonzero().tolist() if g not in used[h]}
             assert set(zip(heads.tolist(), groups.tolist(), strict=True)) == missing
         # An obvious LRU: steps of last use per group; those used longest ago leave, in no matter which order of ties.

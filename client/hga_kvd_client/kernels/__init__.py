@@ -10,12 +10,13 @@ What always holds:
 Host and device talk about a layer's step through its *mailbox*, int64 in pinned memory, a row a layer:
 
     written by the host   MAIL_Q, MAIL_K, MAIL_V    addresses of the token's q, k and v on the device; 0: the window has it
-                          MAIL_SOURCE               where in the landing the fetched records begin, in words; -1: in staging
-                          MAIL_READY                the step whose records are there, or minus it: they will not come
+                          MAIL_READY                step << 32 | where its fetched records begin, in 16 bytes from the start
+                                                    of the landing; STAGED: in staging; NEVER: they will not come
     by the device         MAIL_POSTED + kv_head     step << 24 | groups opened << 12 | misses
                           mail_keys(kv_heads) + ..  keys of the misses, [kv_heads, most]
 
-What the host writes is read once it has written the last of it, and the other way round.
+What the host writes is read once it has written the last of it, and the other way round. Reads of a mailbox cross the bus
+one after the other, about 1 us each, and every warp of a program makes its own: one warp reads for all.
 
 Query heads are grouped by KV head: q [kv_heads, ratio, head_dim], query head kv_head * ratio + r.
 """
@@ -32,8 +33,9 @@ WINDOW_TOKENS, GROUPS, FIRST_GROUP, STEP = range(4)
 CONTROL_SIZE = 4
 
 # Places in a mailbox. The device's words begin a cache line of their own.
-MAIL_Q, MAIL_K, MAIL_V, MAIL_SOURCE, MAIL_READY, MAIL_POSTED = 0, 1, 2, 3, 4, 8
+MAIL_Q, MAIL_K, MAIL_V, MAIL_READY, MAIL_POSTED = 0, 1, 2, 3, 8
 STEP_SHIFT, OPENED_SHIFT, COUNT_MASK = 24, 12, 0xFFF
+READY_SHIFT, STAGED, NEVER = 32, 0xFFFFFFFF, 0xFFFFFFFE
 
 # Groups of a bank and KV head: their ages are compared all with all. 512 compile in 10 s, 1,024 in 75 s (Triton 3.6), and
 # of more Triton makes no block.

@@ -9,7 +9,8 @@ a whole, 128 compares a group: no page table to grow, nothing that two tables co
 - misses get the slots that were opened longest ago, never one opened in this step, and go to `late`.
 
 `land` waits in its turn: for the host's word that the records are there, or that they will not come. So route, bank and
-attention of a layer are one graph, and the device goes on by itself when the records arrive.
+attention of a layer are one graph, and the device goes on by itself when the records arrive. One thread listens to the
+host and passes the word on to all programs; the records themselves are read in place, 29 GB/s of 20 and 45 of 64.
 
 The tables name a missed group from `place` on. If the fetch fails, the caller must `forget` the layer.
 """
@@ -29,9 +30,11 @@ from hga_kvd_client.kernels import (
     FIRST_GROUP,
     MAIL_POSTED,
     MAIL_READY,
-    MAIL_SOURCE,
+    NEVER,
     OPENED_SHIFT,
+    READY_SHIFT,
     SLOTS_MAX,
+    STAGED,
     STEP,
     STEP_SHIFT,
     mail_keys,
@@ -39,7 +42,7 @@ from hga_kvd_client.kernels import (
 )
 from hga_kvd_client.kernels.select import TIES_MAX, Chosen
 
-PLACE_WARPS = 16
+PLACE_WARPS, LAND_WARPS = 16, 4
 # Ties that are ranked in the usual case; ranking all TIES_MAX costs 16 times as much.
 TIES_FEW = 32
 COPY_WORDS = 1024  # int64 of a record that one program moves at once
@@ -49,20 +52,25 @@ COPY_WORDS = 1024  # int64 of a record that one program moves at once
 class Tables:
     """One layer's. int32. groups: [kv_heads, slots], -1: empty; used_at: [kv_heads, slots]: step, -1: never.
 
-    opened: [kv_heads, most], the groups of the last step, sorted; opened_counts: [kv_heads].
+    opened: [kv_heads, most], the groups of the last step, sorted; opened_counts: [kv_heads]. arrived: int64 [1], the host's
+    last word, as `land` heard it.
     """
 
     groups: Tensor
     used_at: Tensor
     opened: Tensor
     opened_counts: Tensor
+    arrived: Tensor
 
     @classmethod
     def empty(cls, kv_heads: int, slots: int, most: int, device: torch.device) -> Tables:
         def full(value: int, *shape: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=device)
 
-        return cls(full(-1, kv_heads, slots), full(-1, kv_heads, slots), full(0, kv_heads, most), full(0, kv_heads))
+        return cls(
+            full(-1, kv_heads, slots), full(-1, kv_heads, slots), full(0, kv_heads, most), full(0, kv_heads),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )  # fmt: skip
 
     def forget(self) -> None:
         self.groups.fill_(-1)
@@ -95,24 +103,30 @@ class Lists:
 
 @triton.jit
 def _fenced(value, INTERPRETED: tl.constexpr):
-    """The value, once every earlier write of this program can be seen by the host."""
+    """The value, in the program's first thread once every earlier write of this program can be seen by the host."""
     tl.debug_barrier()
     if not INTERPRETED:
         value = tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; mov.u64 $0, $1;", "=l,l", [value], dtype=tl.int64, is_pure=False, pack=1
-        )
+            """{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
+            @first fence.acq_rel.sys; mov.u64 $0, $1; }""",
+            "=l,l", [value], dtype=tl.int64, is_pure=False, pack=1,
+        )  # fmt: skip
     return value
 
 
 @triton.jit
-def _read_now(place, INTERPRETED: tl.constexpr):
-    """The int64 there, as the host has it now; what it wrote before can be seen after."""
+def _read_now(place, THREADS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The int64 there, not negative, as the host has it now; what it wrote before can be seen after. One thread reads."""
     if INTERPRETED:
         value = tl.load(place)
     else:
+        thread = tl.arange(0, THREADS)
         value = tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [place], dtype=tl.int64, is_pure=False, pack=1
-        )
+            """{ .reg .pred first; setp.eq.s32 first, $2, 0; mov.u64 $0, 0;
+            @first ld.acquire.sys.global.b64 $0, [$1]; }""",
+            "=&l,l,r", [place + thread * 0, thread], dtype=tl.int64, is_pure=False, pack=1,
+        )  # fmt: skip
+        value = tl.max(value, 0)
     return value
 
 
@@ -254,36 +268,51 @@ def _land(
     control,
     late,
     late_counts,
+    arrived,
     records,
     most,
     slots,
     record_words: tl.constexpr,
     WORDS: tl.constexpr,
     HEADS: tl.constexpr,
+    THREADS: tl.constexpr,
     STEP: tl.constexpr,
-    MAIL_SOURCE: tl.constexpr,
     MAIL_READY: tl.constexpr,
+    READY_SHIFT: tl.constexpr,
+    STAGED: tl.constexpr,
+    NEVER: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    number, head = tl.program_id(0), tl.program_id(1)
-    if number >= tl.load(late_counts + head):
-        return
+    number, head, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     each = tl.arange(0, HEADS)
-    row = number + tl.sum(tl.load(late_counts + each, mask=each < head, other=0), 0)
-    step = tl.load(control + STEP)
-    to = records + (head * slots + tl.load(late + head * most + number)).to(tl.int64) * record_words
-    ready = _read_now(mailbox + MAIL_READY, INTERPRETED)
-    if not INTERPRETED:
-        while (ready != step) & (ready != -step):
-            ready = _read_now(mailbox + MAIL_READY, INTERPRETED)
-    if ready != step:
+    counts = tl.load(late_counts + each, mask=each < kv_heads, other=0)
+    own = tl.sum(tl.where(each == head, counts, 0), 0)
+    listens = (number == 0) & (head == 0) & (tl.sum(counts, 0) > 0)
+    if (number >= own) & (listens == 0):
         return
-    at = tl.load(mailbox + MAIL_SOURCE, volatile=True)
-    if at >= 0:
-        at = tl.multiple_of(at, 2)  # loads of 16 bytes: every one is a request over the bus
-        _copy(landing + at + row.to(tl.int64) * record_words, to, record_words, WORDS)
+    row = number + tl.sum(tl.where(each < head, counts, 0), 0)
+    step = tl.load(control + STEP)
+    slot = tl.load(late + head * most + number)
+    if listens:
+        word = _read_now(mailbox + MAIL_READY, THREADS, INTERPRETED)
+        if not INTERPRETED:
+            while (word >> READY_SHIFT) != step:
+                word = _read_now(mailbox + MAIL_READY, THREADS, INTERPRETED)
+        tl.atomic_xchg(arrived, word, sem="release")
     else:
+        word = tl.atomic_add(arrived, 0, sem="acquire")
+        if not INTERPRETED:
+            while (word >> READY_SHIFT) != step:
+                word = tl.atomic_add(arrived, 0, sem="acquire")
+    where = word & 0xFFFFFFFF
+    if (number >= own) | (where == NEVER):
+        return
+    to = records + (head * slots + slot).to(tl.int64) * record_words
+    if where == STAGED:
         _copy(staging + row.to(tl.int64) * record_words, to, record_words, WORDS)
+    else:
+        # Loads of 16 bytes: every one is a request over the bus.
+        _copy(landing + tl.multiple_of(where * 2, 2) + row.to(tl.int64) * record_words, to, record_words, WORDS)
 
 
 def place(
@@ -325,12 +354,13 @@ def place(
     )  # fmt: skip
 
 
-def land(landing: Tensor, staging: Tensor, mailbox: Tensor, control: Tensor, lists: Lists, records: Tensor) -> None:
+def land(
+    landing: Tensor, staging: Tensor, mailbox: Tensor, control: Tensor, lists: Lists, tables: Tables, records: Tensor
+) -> None:
     """Copies the fetched records, straight from host memory, to the slots of lists.late, once mailbox[MAIL_READY] says that
     they are there; nothing if it says that they will not come.
 
-    landing, staging: int64, memory of the host that the device reads. The records begin mailbox[MAIL_SOURCE] words, an
-    even number, into landing, or, if that is negative, staging. records: [kv_heads, slots, ...], contiguous. In the
+    landing, staging: int64, memory of the host that the device reads. records: [kv_heads, slots, ...], contiguous. In the
     interpreter, which does not wait, the word must be there.
     """
     kv_heads, slots = records.shape[:2]
@@ -340,9 +370,11 @@ def land(landing: Tensor, staging: Tensor, mailbox: Tensor, control: Tensor, lis
     record_words = words[0, 0].numel()
     most = lists.late.shape[1]
     _land[(most, kv_heads)](
-        landing, staging, mailbox, control, lists.late, lists.late_counts, words, most, slots, record_words,
-        WORDS=min(COPY_WORDS, triton.next_power_of_2(record_words)), HEADS=triton.next_power_of_2(kv_heads), STEP=STEP,
-        MAIL_SOURCE=MAIL_SOURCE, MAIL_READY=MAIL_READY, INTERPRETED=mailbox.device == control.device,
+        landing, staging, mailbox, control, lists.late, lists.late_counts, tables.arrived, words, most, slots,
+        record_words,
+        WORDS=min(COPY_WORDS, triton.next_power_of_2(record_words)), HEADS=triton.next_power_of_2(kv_heads),
+        THREADS=32 * LAND_WARPS, STEP=STEP, MAIL_READY=MAIL_READY, READY_SHIFT=READY_SHIFT, STAGED=STAGED, NEVER=NEVER,
+        INTERPRETED=mailbox.device == control.device, num_warps=LAND_WARPS,
     )  # fmt: skip
 
 
@@ -389,13 +421,18 @@ def place_twin(
 
 
 def land_twin(
-    landing: Tensor, staging: Tensor, mailbox: Tensor, control: Tensor, lists: Lists, records: Tensor
+    landing: Tensor, staging: Tensor, mailbox: Tensor, control: Tensor, lists: Lists, tables: Tables, records: Tensor
 ) -> None:
     counts = lists.late_counts.tolist()
-    if int(mailbox[MAIL_READY]) != int(control[STEP]):
+    if not any(counts):
         return
-    at, words = int(mailbox[MAIL_SOURCE]), records.view(torch.int64).flatten(2)
-    source = landing[at:] if at >= 0 else staging
+    tables.arrived[0] = mailbox[MAIL_READY]
+    step, where = divmod(int(mailbox[MAIL_READY]), 1 << READY_SHIFT)
+    assert step == int(control[STEP]), "the host has not said whether they are there"
+    if where == NEVER:
+        return
+    words = records.view(torch.int64).flatten(2)
+    source = staging if where == STAGED else landing[2 * where :]
     fetched = source[: sum(counts) * words.shape[2]].view(-1, words.shape[2]).to(records.device)
     for head, came in enumerate(fetched.split(counts)):
         words[head, lists.late[head, : counts[head]].long()] = came

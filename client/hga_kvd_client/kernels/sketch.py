@@ -17,10 +17,11 @@ from hga_kvd_client.kernels import FIRST_GROUP, GROUPS
 from hga_kvd_client.kernels.attention import _fp8, has_fp8
 from hga_kvd_client.sketch import SketchSpec
 
-# Groups of one program: 64 are 16 chunks, 256 programs a layer at 64 K tokens and 4 KV heads.
-BLOCK_GROUPS = 64
+# Groups that a program scores at a time: 64 are 16 chunks, 256 blocks a layer at 64 K tokens and 4 KV heads. Programs beyond
+# two on each multiprocessor of an H100 take several blocks instead, and load the next one while they score: 22.9 us for 24.4
+# at 256 K tokens. A limit of registers, for more programs at once, made them slower.
+BLOCK_GROUPS, PROGRAMS, STAGES = 64, 264, 2
 WARPS = 4
-REGISTERS = 128  # of a thread: four programs on a multiprocessor, not three; 26 us for 28 at 256 K tokens
 # A product has 8 columns at least; those beyond the query heads are masked.
 ROWS_MIN = 8
 GROUP_TOKENS = 16  # what the packing of codes into words is written for
@@ -87,107 +88,120 @@ def _log_mass(
     STEPS: tl.constexpr,
     CHUNK_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of a program
+    STAGES: tl.constexpr,
     GROUPS: tl.constexpr,
     FIRST_GROUP: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    block, head = tl.program_id(0), tl.program_id(1)
+    part, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
-    start = block * BLOCK
+    first_block = part * BLOCKS
     count = tl.load(control + GROUPS).to(tl.int32)
+    first = tl.load(control + FIRST_GROUP).to(tl.int32)
     each = tl.arange(0, ROWS)
     live = each < RATIO
-    to_lse = lse + (block * kv_heads + head) * RATIO + each
-    if start >= count:
-        tl.store(to_lse, tl.full((ROWS,), float("-inf"), tl.float32), mask=live)
-        return
-    first = tl.load(control + FIRST_GROUP).to(tl.int32)
-    group = start + tl.arange(0, BLOCK)
-    inside = group < count
-    place = first + group
-    chunk = head.to(tl.int64) * head_bytes + (place // PER_CHUNK).to(tl.int64) * CHUNK_BYTES
-    block_of = (place % PER_CHUNK) // PER_BLOCK
+    to_lse = lse + head * RATIO + each
+    blocks = tl.minimum(tl.maximum(tl.cdiv(count, BLOCK) - first_block, 0), BLOCKS)
+    for empty in tl.static_range(BLOCKS):
+        block = first_block + empty
+        nothing = live & (each < tl.where((block * BLOCK >= count) & (block * BLOCK < capacity), ROWS, 0))
+        tl.store(to_lse + block * kv_heads * RATIO, tl.full((ROWS,), float("-inf"), tl.float32), mask=nothing)
 
-    # What does not differ between the tokens of a block: the mean, and the mean of all keys.
+    # Queries; masses are powers of 2 in here.
     dim = tl.arange(0, BLOCK_D)
-    row = tl.arange(0, BLOCK // PER_BLOCK) * PER_BLOCK
-    where = first + start + row
-    where = (
-        head.to(tl.int64) * head_bytes
-        + (where // PER_CHUNK).to(tl.int64) * CHUNK_BYTES
-        + ((where % PER_CHUNK) // PER_BLOCK * DIM)
-    )
-    mask = (start + row < count)[:, None] & (dim < DIM)[None, :]
-    mean = _fp8(tl.load(records + MEAN + where[:, None] + dim[None, :], mask=mask, other=0), NATIVE_FP8)
     query = z + (head * RATIO + each)[None, :] * DIM
-    mask = (dim < DIM)[:, None] & live[None, :]
-    # Masses are powers of 2 in here.
-    full = tl.load(query + dim[:, None], mask=mask, other=0.0) * 1.4426950408889634
+    full = tl.load(query + dim[:, None], mask=(dim < DIM)[:, None] & live[None, :], other=0.0) * 1.4426950408889634
     about = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
     offset = tl.sum(full * about[:, None], 0)
-    shared = tl.dot(mean, full.to(tl.float16)) + offset[None, :]
-    if PER_BLOCK > 1:
-        shared = tl.broadcast_to(shared[:, None, :], (BLOCK // PER_BLOCK, PER_BLOCK, ROWS))
-        shared = tl.reshape(shared, (BLOCK, ROWS))
-
-    codes = words + (chunk + (place % PER_CHUNK) * GROUP_BYTES)[:, None] // 4
-    steps = records + (chunk + STEPS + block_of * (DIMS4 + DIMS2))[:, None]
-    # Codes count from 0 and have 64 too much; their values are around the mean.
+    full = full.to(tl.float16)
     if DIMS4 > 0:
-        dim4 = tl.arange(0, BLOCK_4)
-        mask = inside[:, None] & (dim4 < DIMS4)[None, :]
-        step4 = _fp8(tl.load(steps + dim4[None, :], mask=mask, other=0), NATIVE_FP8)
-        pair = tl.arange(0, 2 * BLOCK_4)
-        packed = tl.load(codes + pair[None, :], mask=inside[:, None] & (pair < 2 * DIMS4)[None, :], other=0)
-        early, late = tl.split(tl.reshape(packed, (BLOCK, BLOCK_4, 2)))
-        early_low, early_high = _halves(early, INTERPRETED)
-        late_low, late_high = _halves(late, INTERPRETED)
-        mask = (dim4 < DIMS4)[:, None] & live[None, :]
-        query4 = (tl.load(query + dim4[:, None], mask=mask, other=0.0) * 1.4426950408889634).to(tl.float16)
-        shared = tl.dot(step4 * -7.5, query4, shared)
-        step4 *= 64.0
-        shared = tl.dot(-step4, query4, shared)
+        dim4, pair = tl.arange(0, BLOCK_4), tl.arange(0, 2 * BLOCK_4)
+        asked = (dim4 < DIMS4)[:, None] & live[None, :]
+        query4 = (tl.load(query + dim4[:, None], mask=asked, other=0.0) * 1.4426950408889634).to(tl.float16)
     if DIMS2 > 0:
         dim2 = tl.arange(0, BLOCK_2)
-        mask = inside[:, None] & (dim2 < DIMS2)[None, :]
-        step2 = _fp8(tl.load(steps + DIMS4 + dim2[None, :], mask=mask, other=0), NATIVE_FP8)
-        low2, high2 = _halves(tl.load(codes + 2 * DIMS4 + dim2[None, :], mask=mask, other=0), INTERPRETED)
-        mask = (dim2 < DIMS2)[:, None] & live[None, :]
-        query2 = (tl.load(query + DIMS4 + dim2[:, None], mask=mask, other=0.0) * 1.4426950408889634).to(tl.float16)
-        shared = tl.dot(step2 * -1.5, query2, shared)
-        step2 *= 64.0
-        shared = tl.dot(-step2, query2, shared)
+        asked = (dim2 < DIMS2)[:, None] & live[None, :]
+        query2 = (tl.load(query + DIMS4 + dim2[:, None], mask=asked, other=0.0) * 1.4426950408889634).to(tl.float16)
 
-    largest = tl.full((BLOCK, ROWS), -1e30, tl.float32)
-    total = tl.zeros((BLOCK, ROWS), tl.float32)
-    # Tokens t = 4 quarter, and the three after it: t and t + 1 lie 8 bits apart, t and t + 2 in the halves of a word.
-    for quarter in tl.static_range(4):
-        score0, score1, score2, score3 = shared, shared, shared, shared
+    # The interpreter takes no bound that is only known as it runs: it finds nothing in blocks beyond the end.
+    for number in tl.range(0, BLOCKS if INTERPRETED else blocks, num_stages=STAGES):
+        block = first_block + number
+        start = block * BLOCK
+        group = start + tl.arange(0, BLOCK)
+        inside = group < count
+        place = first + group
+        chunk = head.to(tl.int64) * head_bytes + (place // PER_CHUNK).to(tl.int64) * CHUNK_BYTES
+        block_of = (place % PER_CHUNK) // PER_BLOCK
+
+        # What does not differ between the tokens of a block: the mean, and the mean of all keys.
+        row = tl.arange(0, BLOCK // PER_BLOCK) * PER_BLOCK
+        where = first + start + row
+        where = (
+            head.to(tl.int64) * head_bytes
+            + (where // PER_CHUNK).to(tl.int64) * CHUNK_BYTES
+            + ((where % PER_CHUNK) // PER_BLOCK * DIM)
+        )
+        mask = (start + row < count)[:, None] & (dim < DIM)[None, :]
+        mean = _fp8(tl.load(records + MEAN + where[:, None] + dim[None, :], mask=mask, other=0), NATIVE_FP8)
+        shared = tl.dot(mean, full) + offset[None, :]
+        if PER_BLOCK > 1:
+            shared = tl.broadcast_to(shared[:, None, :], (BLOCK // PER_BLOCK, PER_BLOCK, ROWS))
+            shared = tl.reshape(shared, (BLOCK, ROWS))
+
+        codes = words + (chunk + (place % PER_CHUNK) * GROUP_BYTES)[:, None] // 4
+        steps = records + (chunk + STEPS + block_of * (DIMS4 + DIMS2))[:, None]
+        # Codes count from 0 and have 64 too much; their values are around the mean.
         if DIMS4 > 0:
-            low4 = early_low if quarter % 2 == 0 else late_low
-            high4 = early_high if quarter % 2 == 0 else late_high
-            score0 = tl.dot(_codes(low4, 4 * (quarter // 2), 15, INTERPRETED) * step4, query4, score0)
-            score1 = tl.dot(_codes(low4, 4 * (quarter // 2) + 8, 15, INTERPRETED) * step4, query4, score1)
-            score2 = tl.dot(_codes(high4, 4 * (quarter // 2), 15, INTERPRETED) * step4, query4, score2)
-            score3 = tl.dot(_codes(high4, 4 * (quarter // 2) + 8, 15, INTERPRETED) * step4, query4, score3)
+            mask = inside[:, None] & (dim4 < DIMS4)[None, :]
+            step4 = _fp8(tl.load(steps + dim4[None, :], mask=mask, other=0), NATIVE_FP8)
+            packed = tl.load(codes + pair[None, :], mask=inside[:, None] & (pair < 2 * DIMS4)[None, :], other=0)
+            early, late = tl.split(tl.reshape(packed, (BLOCK, BLOCK_4, 2)))
+            early_low, early_high = _halves(early, INTERPRETED)
+            late_low, late_high = _halves(late, INTERPRETED)
+            shared = tl.dot(step4 * -7.5, query4, shared)
+            step4 *= 64.0
+            shared = tl.dot(-step4, query4, shared)
         if DIMS2 > 0:
-            score0 = tl.dot(_codes(low2, 2 * quarter, 3, INTERPRETED) * step2, query2, score0)
-            score1 = tl.dot(_codes(low2, 2 * quarter + 8, 3, INTERPRETED) * step2, query2, score1)
-            score2 = tl.dot(_codes(high2, 2 * quarter, 3, INTERPRETED) * step2, query2, score2)
-            score3 = tl.dot(_codes(high2, 2 * quarter + 8, 3, INTERPRETED) * step2, query2, score3)
-        higher = tl.maximum(tl.maximum(score0, score1), tl.maximum(score2, score3))
-        higher = tl.maximum(largest, higher)
-        total *= tl.exp2(largest - higher)
-        total += tl.exp2(score0 - higher) + tl.exp2(score1 - higher)
-        total += tl.exp2(score2 - higher) + tl.exp2(score3 - higher)
-        largest = higher
-    result = (largest + tl.log2(total)) * 0.6931471805599453
-    seen = inside[:, None] & live[None, :]
-    tl.store(out + (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :], result, mask=seen)
-    result = tl.where(seen, result, -1e30)
-    highest = tl.max(result, 0)
-    tl.store(to_lse, highest + tl.log(tl.sum(tl.exp(result - highest[None, :]), 0)), mask=live)
+            mask = inside[:, None] & (dim2 < DIMS2)[None, :]
+            step2 = _fp8(tl.load(steps + DIMS4 + dim2[None, :], mask=mask, other=0), NATIVE_FP8)
+            low2, high2 = _halves(tl.load(codes + 2 * DIMS4 + dim2[None, :], mask=mask, other=0), INTERPRETED)
+            shared = tl.dot(step2 * -1.5, query2, shared)
+            step2 *= 64.0
+            shared = tl.dot(-step2, query2, shared)
+
+        largest = tl.full((BLOCK, ROWS), -1e30, tl.float32)
+        total = tl.zeros((BLOCK, ROWS), tl.float32)
+        # Tokens t = 4 quarter, and the three after it: t and t + 1 lie 8 bits apart, t and t + 2 in the halves of a word.
+        for quarter in tl.static_range(4):
+            score0, score1, score2, score3 = shared, shared, shared, shared
+            if DIMS4 > 0:
+                low4 = early_low if quarter % 2 == 0 else late_low
+                high4 = early_high if quarter % 2 == 0 else late_high
+                score0 = tl.dot(_codes(low4, 4 * (quarter // 2), 15, INTERPRETED) * step4, query4, score0)
+                score1 = tl.dot(_codes(low4, 4 * (quarter // 2) + 8, 15, INTERPRETED) * step4, query4, score1)
+                score2 = tl.dot(_codes(high4, 4 * (quarter // 2), 15, INTERPRETED) * step4, query4, score2)
+                score3 = tl.dot(_codes(high4, 4 * (quarter // 2) + 8, 15, INTERPRETED) * step4, query4, score3)
+            if DIMS2 > 0:
+                score0 = tl.dot(_codes(low2, 2 * quarter, 3, INTERPRETED) * step2, query2, score0)
+                score1 = tl.dot(_codes(low2, 2 * quarter + 8, 3, INTERPRETED) * step2, query2, score1)
+                score2 = tl.dot(_codes(high2, 2 * quarter, 3, INTERPRETED) * step2, query2, score2)
+                score3 = tl.dot(_codes(high2, 2 * quarter + 8, 3, INTERPRETED) * step2, query2, score3)
+            higher = tl.maximum(tl.maximum(score0, score1), tl.maximum(score2, score3))
+            higher = tl.maximum(largest, higher)
+            total *= tl.exp2(largest - higher)
+            total += tl.exp2(score0 - higher) + tl.exp2(score1 - higher)
+            total += tl.exp2(score2 - higher) + tl.exp2(score3 - higher)
+            largest = higher
+        result = (largest + tl.log2(total)) * 0.6931471805599453
+        seen = inside[:, None] & live[None, :]
+        tl.store(out + (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :], result, mask=seen)
+        result = tl.where(seen, result, -1e30)
+        highest = tl.max(result, 0)
+        total_of_all = highest + tl.log(tl.sum(tl.exp(result - highest[None, :]), 0))
+        some = live & (each < tl.where(start < count, ROWS, 0))
+        tl.store(to_lse + block * kv_heads * RATIO, total_of_all, mask=some)
 
 
 def log_mass(
@@ -213,14 +227,15 @@ def log_mass(
     assert centre.shape == (kv_heads, dim)
     assert out.shape == (kv_heads, capacity, ratio)
     assert lse.shape == (triton.cdiv(capacity, BLOCK_GROUPS), kv_heads * ratio)
-    _log_mass[(lse.shape[0], kv_heads)](
+    blocks = triton.next_power_of_2(triton.cdiv(lse.shape[0] * kv_heads, PROGRAMS))
+    _log_mass[(triton.cdiv(lse.shape[0], blocks), kv_heads)](
         z, centre, records, records.view(torch.int32), control, out, lse, capacity, records.stride(0),
         RATIO=ratio, ROWS=max(ROWS_MIN, triton.next_power_of_2(ratio)), DIM=dim, BLOCK_D=_block(dim),
         DIMS4=spec.dims4, BLOCK_4=_block(spec.dims4), DIMS2=spec.dims2, BLOCK_2=_block(spec.dims2),
         PER_CHUNK=spec.groups_per_chunk, PER_BLOCK=spec.groups_per_chunk // spec.blocks, GROUP_BYTES=spec.group_bytes,
         MEAN=spec.mean_offset, STEPS=spec.step_offset, CHUNK_BYTES=spec.chunk_bytes, BLOCK=BLOCK_GROUPS,
-        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP, NATIVE_FP8=has_fp8(z.device), INTERPRETED=not z.is_cuda,
-        num_warps=WARPS, maxnreg=REGISTERS,
+        BLOCKS=blocks, STAGES=STAGES if blocks > 1 else 1, GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP,
+        NATIVE_FP8=has_fp8(z.device), INTERPRETED=not z.is_cuda, num_warps=WARPS,
     )  # fmt: skip
 
 
