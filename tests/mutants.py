@@ -47,12 +47,6 @@ MUTANTS = (
     ),
     Mutant("skip a reference count", "index.py", "        self.refs[rows] += 1\n", "        pass\n"),
     Mutant(
-        "skip a checksum of a small fetch",
-        "few.py",
-        " and checksum(memory[m.start : m.start + size], m.seed) == m.expected",
-        "",
-    ),
-    Mutant(
         "skip a checksum of summaries",
         "recall.py",
         "bad = read_verified(disk, found.items, destination)",

@@ -15,13 +15,10 @@ The engine's lock guards everything here except the copies, which touch only slo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-
-from hga_kvd import native
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
@@ -138,33 +135,16 @@ class SlotClass:
 
     def unpin(self, slots: I64) -> None:
         self.pins[slots] -= 1
+        self.free_doomed(slots)
+
+    def free_doomed(self, slots: I64) -> None:
+        """Frees those of these slots that were freed while pinned and are not any more."""
         if self._doomed_count:
             gone = np.unique(slots[self.doomed[slots] & (self.pins[slots] == 0)])
             self.doomed[gone] = False
             self._doomed_count -= len(gone)
             self.state[gone] = EMPTY
             self._release(gone)
-
-    # The same for a few slots, none twice.
-
-    def take_one(self) -> int:
-        slot = self._free.pop()
-        self.held[slot] = True
-        self.held_count += 1
-        return slot
-
-    def pin_few(self, slots: Iterable[int]) -> None:
-        pins = self.pins.data
-        for slot in slots:
-            pins[slot] += 1
-
-    def unpin_few(self, slots: list[int]) -> None:
-        if self._doomed_count:
-            self.unpin(np.array(slots, np.int64))
-            return
-        pins = self.pins.data
-        for slot in slots:
-            pins[slot] -= 1
 
     def set_valid(self, slots: I64, records: I64, good: npt.NDArray[np.bool_]) -> None:
         """Ends FILLING of these records: VALID where good, else EMPTY. Doomed slots stay as they are."""
@@ -179,8 +159,6 @@ class SlotClass:
             some = np.flatnonzero(slots)
             starts, at = self.starts(slots[some], records[some]), some * self.record_bytes
             copy_records(self.units.reshape(-1).data, starts, destination.data, at, self.record_bytes)
-        elif native.LIBRARY is not None:
-            native.gather(self.units.reshape(-1), self.starts(slots, records), self.record_bytes, destination)
         else:
             first = self.offsets(slots) // self.unit + records * self.units_per_record
             copy_rows(self.units, first, self.units_per_record, destination.reshape(-1, self.unit))

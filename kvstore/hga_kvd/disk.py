@@ -17,10 +17,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hga_kvd import native
+
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
-Read = tuple[int, int, int, int]  # handle, offset, address, length
 
 
 class Disk(Protocol):
@@ -61,8 +62,9 @@ class Disk(Protocol):
         one thread, which makes no other call of the disk meanwhile.
         """
 
-    def read_few(self, reads: list[Read]) -> bool:
-        """Whether all of these could be read whole. For as few as are sooner told one by one than by columns."""
+    def bring(self, handles: I64, batch: native.Batch, pool: native.Pool, found: native.Found) -> bool:
+        """Reads, verifies and copies in C what the batch says, and what RAM has (native.bring). False: nothing was done,
+        `stream` is the way: there is no ring here, or something is not aligned."""
 
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         """Writes, as `read` reads."""

@@ -29,7 +29,6 @@ HALF_LIFE_SLOTS = 8
 WINDOW_SLOTS = 1 << 15
 RANKED_SHARE = 32  # one in so many of a window is ranked as next to go ...
 RANKED_MIN = 64  # ... but so many if a window has them: a ranking costs 50 us at least
-NOTED_MAX = 256  # slots in calls for a few, before the arrays hear of them
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 NOT_HERE = np.inf  # worth of a slot that may not be evicted; adding a use to it changes nothing
 
@@ -38,71 +37,36 @@ class Lrfu:
     """Slots are numbers below `slot_count`. A key names the extent itself, so that it is known when it comes back."""
 
     def __init__(self, slot_count: int) -> None:
-        self._log_worth: F64 = np.full(slot_count, NOT_HERE)
+        self.log_worth: F64 = np.full(slot_count, NOT_HERE)
         self._key: I64 = np.zeros(slot_count, np.int64)
-        self._now = 0.0  # in half-lives
-        self._tick = 1 / (HALF_LIFE_SLOTS * slot_count)  # of one ask
+        self.now = 0.0  # in half-lives
+        self.tick = 1 / (HALF_LIFE_SLOTS * slot_count)  # of one ask
         self._past = _Past(slot_count)
         self._window = 0  # where the next ranking begins
         self._ranked: I64 = np.zeros(0, np.int64)
         self._ranked_worth: F64 = np.zeros(0)
-        # Noted by calls for a few slots, and not yet in the arrays. A slot that was admitted was free before, so nothing
-        # that is noted of it is older than that.
-        self._touched: list[tuple[int, float]] = []  # (slot, time)
-        self._admitted: list[tuple[int, int, float]] = []  # (slot, key, time)
 
     def __len__(self) -> int:
-        self._settle()
-        return int(np.count_nonzero(np.isfinite(self._log_worth)))
+        return int(np.count_nonzero(np.isfinite(self.log_worth)))
 
     def touch(self, slots: I64) -> None:
         """A call asked for these slots. A slot named twice in one call counts once."""
-        self._settle()
-        self._now += len(slots) * self._tick
-        self._log_worth[slots] = np.logaddexp2(self._log_worth[slots], self._now)
-
-    def touch_few(self, slots: list[int]) -> None:
-        """As `touch`, slots named twice too, without an array."""
-        self._now += len(slots) * self._tick
-        self._touched += [(slot, self._now) for slot in {*slots}]
-        if len(self._touched) > NOTED_MAX:
-            self._settle()
-
-    def admit_one(self, slot: int, key: int) -> None:
-        """As `admit`, without an array."""
-        self._now += self._tick
-        self._admitted.append((slot, key, self._now))
-        if len(self._admitted) > NOTED_MAX:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Brings what is noted into the arrays."""
-        if self._admitted:
-            slots, keys, times = (np.array(column) for column in zip(*self._admitted, strict=True))
-            self._admitted.clear()
-            self._key[slots] = keys
-            self._log_worth[slots] = np.logaddexp2(self._past.worth(keys), times)
-        if self._touched:
-            slots, times = (np.array(column) for column in zip(*self._touched, strict=True))
-            self._touched.clear()
-            np.logaddexp2.at(self._log_worth, slots, times)
+        self.now += len(slots) * self.tick
+        self.log_worth[slots] = np.logaddexp2(self.log_worth[slots], self.now)
 
     def admit(self, slots: npt.ArrayLike, keys: npt.ArrayLike) -> None:
         """These slots now hold these clean extents and may be evicted."""
-        self._settle()
         slots, keys = np.asarray(slots, np.int64), np.asarray(keys, np.int64)
-        self._now += len(slots) * self._tick
+        self.now += len(slots) * self.tick
         self._key[slots] = keys
-        self._log_worth[slots] = np.logaddexp2(self._past.worth(keys), self._now)
+        self.log_worth[slots] = np.logaddexp2(self._past.worth(keys), self.now)
 
     def forget(self, slots: npt.ArrayLike) -> None:
         """These slots were freed for another reason; slots that were never admitted are fine."""
-        self._settle()
-        self._log_worth[np.asarray(slots, np.int64)] = NOT_HERE
+        self.log_worth[np.asarray(slots, np.int64)] = NOT_HERE
 
     def evict(self, count: int, pinned: npt.NDArray[np.integer]) -> list[int]:
         """Up to `count` slots to reuse now; fewer when the others are pinned (pinned[slot] != 0)."""
-        self._settle()
         victims: list[int] = []
         windows_left = -(-len(self._key) // WINDOW_SLOTS)
         while len(victims) < count:
@@ -114,11 +78,11 @@ class Lrfu:
             take = slice(0, count - len(victims))
             # Used, freed or pinned since it was ranked: not this time.
             slots = self._ranked[take]
-            slots = slots[(self._log_worth[slots] == self._ranked_worth[take]) & (pinned[slots] == 0)]
+            slots = slots[(self.log_worth[slots] == self._ranked_worth[take]) & (pinned[slots] == 0)]
             self._ranked, self._ranked_worth = self._ranked[take.stop :], self._ranked_worth[take.stop :]
             if len(slots):
-                self._past.remember(self._key[slots], self._log_worth[slots])
-                self._log_worth[slots] = NOT_HERE
+                self._past.remember(self._key[slots], self.log_worth[slots])
+                self.log_worth[slots] = NOT_HERE
                 victims += slots.tolist()
                 windows_left = -(-len(self._key) // WINDOW_SLOTS)
         return victims
@@ -127,7 +91,7 @@ class Lrfu:
         """The next window's slots of least worth, least first; `wanted` of them or a share."""
         window = slice(self._window, self._window + WINDOW_SLOTS)
         self._window = window.stop if window.stop < len(self._key) else 0
-        worth = np.where(pinned[window] == 0, self._log_worth[window], NOT_HERE)
+        worth = np.where(pinned[window] == 0, self.log_worth[window], NOT_HERE)
         count = min(len(worth), max(wanted, min(RANKED_MIN, len(worth) // 8), len(worth) // RANKED_SHARE))
         least = np.argpartition(worth, min(count, len(worth) - 1))[:count]
         least = least[np.argsort(worth[least], kind="stable")]

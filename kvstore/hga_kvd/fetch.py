@@ -13,19 +13,18 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd import few, hits, misses
+from hga_kvd import hits, misses
 from hga_kvd.answers import STATUS_DAMAGED, STATUS_LATE, Counters, Fetched
-from hga_kvd.arena import FILLING, VALID
+from hga_kvd.arena import VALID
 from hga_kvd.damage import log_damaged, mark_damaged
 from hga_kvd.errors import LimitExceeded
-from hga_kvd.few import Few
 from hga_kvd.geometry import KEY_DTYPE, Keys
-from hga_kvd.hits import Found
 from hga_kvd.index import Session
 from hga_kvd.memory import aligned_buffer
 from hga_kvd.misses import Misses
+from hga_kvd.native import Found
 from hga_kvd.parts import Parts
-from hga_kvd.residency import Pool, locate, out_of_range
+from hga_kvd.residency import Pool
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
@@ -55,109 +54,72 @@ class FetchPath:
     ) -> Fetched:
         """As Engine.fetch. now: seconds. background: counts what a prefetch does, which nobody waits for."""
         assert keys.dtype == KEY_DTYPE
-        count, counters, foreground = len(keys), background or self._parts.counters, background is None
+        counters, count = background or self._parts.counters, len(keys)
+        foreground = background is None
         with self._lock:
             session = self._residency.session(session_id, epoch)
             pool = self._residency.pools[session.pool]
-            slots = pool.slots
-            self._check_size(count, slots.record_bytes)
-            assert len(destination) == count * slots.record_bytes
+            self._check_size(count, pool.slots.record_bytes)
+            assert len(destination) == count * pool.slots.record_bytes
             if not count:
                 return Fetched(None, 0, 0)
             session.use(now)
-            found = plan = None
-            if count <= hits.FEW_KEYS and len(destination) <= hits.FEW_BYTES:
-                found = hits.find(session, pool, keys.tolist())
-            if found is not None and not found.missing:
-                hits.copy(self._residency.memory, found.starts, slots.record_bytes, destination.data)
-                pool.policy.touch_few(found.used)
-                counters.count_hits(count, len(destination))
-                return Fetched(None, count, 0)
-            if found is not None and not (overdue is not None and overdue()):
-                plan = few.claim(self._residency, self._parts.disk, self._segments, pool, found)
-            self.reading += foreground
-        try:
-            if found is not None and plan is not None and self._bring_few(pool, found, plan, destination, counters):
-                return Fetched(None, len(found.used), len(plan.misses))
-            return self._fetch_many(session, epoch, keys, destination, overdue, counters)
-        finally:
-            with self._lock:
-                self.reading -= foreground
+            found, missing = self._plan(session, pool, keys, foreground)
+        return self._fetch(session, epoch, keys, found, missing, destination, overdue, counters, foreground)
 
-    def _bring_few(self, pool: Pool, found: Found, plan: Few, destination: U8, counters: Counters) -> bool:
-        """False: what was read is not what was written, and the general way has to look."""
-        assert self._parts.disk is not None
-        size, good = pool.slots.record_bytes, False
-        try:
-            good = few.bring(self._parts.disk, self._residency, pool, plan)
-            if good:
-                hits.copy(self._residency.memory, found.starts, size, destination.data)
-        finally:
-            with self._lock:
-                few.end(self._residency, pool, plan)
-                if good:
-                    counters.count_hits(len(found.used), len(found.used) * size)
-                    counters.count_read(len(plan.misses), len(plan.misses) * size)
-        return good
+    def _plan(self, session: Session, pool: Pool, keys: Keys, foreground: bool) -> tuple[Found, Misses | None]:
+        """Under the lock: where the records are, and how those that RAM does not have are to be had. Pins what it names."""
+        found, hit_count = hits.find(session, pool, keys)
+        if hit_count == len(keys):
+            pool.policy.touch(found["slot"])
+            return found, None
+        pool.policy.touch(found["slot"][found["state"] == VALID])
+        missing = misses.plan(self._residency, self._segments, pool, found)
+        self.reading += foreground
+        return found, missing
 
-    def _fetch_many(
+    def _fetch(
         self,
         session: Session,
         epoch: int,
         keys: Keys,
+        found: Found,
+        missing: Misses | None,
         destination: U8,
         overdue: Callable[[], bool] | None,
         counters: Counters,
+        foreground: bool,
     ) -> Fetched:
+        """What was planned: the copies and the reads, and then the unpinning."""
         pool = self._residency.pools[session.pool]
-        slots, count = pool.slots, len(keys)
-        with self._lock:
-            self._residency.session(session.session_id, epoch)
-            try:  # numpy checks every index anyway; only a refusal looks for the one to blame
-                rows, layers, records = locate(session, keys)
-                sources = pool.table.slot[rows, layers]
-                state = slots.state[sources, records]
-            except IndexError:
-                raise out_of_range(session, keys) from None
-            hit = state == VALID
-            all_hit = np.count_nonzero(hit) == count
-            found = sources if all_hit else sources[hit]
-            if len(found):
-                slots.pin(found)
-                pool.policy.touch(found)
-            missing = None
-            if not all_hit:
-                filling = state == FILLING
-                awaited = np.flatnonzero(filling)
-                others = sources[awaited]
-                sources[~hit] = 0
-                absent = np.flatnonzero(~(hit | filling))
-                missing = misses.plan(self._residency, self._segments, pool, rows, layers, records, sources, absent)
-        bad = keep = late = None
+        size, bad, late, keep = pool.slots.record_bytes, None, None, None
+        hit_count = len(keys) if missing is None else int(np.count_nonzero(found["state"] == VALID))
         try:
             if missing is None:
-                slots.gather(found, records, destination)
+                hits.copy(pool, found, destination)
             else:
                 bad, keep, late = misses.bring(
-                    self._parts.disk, self._residency, pool, missing, records, destination, overdue
+                    self._parts.disk, self._residency, pool, found, missing, destination, overdue
                 )
         finally:
             with self._lock:
-                if len(found):
-                    slots.unpin(found)
+                hits.unpin(pool, found)
                 if missing is not None:
                     misses.end(self._residency, self._segments, pool, missing, keep)
-                counters.count_hits(len(found), len(found) * slots.record_bytes)
+                    self.reading -= foreground
+                counters.count_hits(hit_count, hit_count * size)
         if missing is None:
-            return Fetched(None, count, 0)
+            return Fetched(None, hit_count, 0)
         assert bad is not None
         assert late is not None
-        fetched = self._judge(session, epoch, keys, missing, bad, late, len(found), len(awaited), counters)
+        awaited = missing.awaited
+        fetched = self._judge(session, epoch, keys, missing, bad, late, hit_count, counters)
         if not len(awaited):
             return fetched
-        rest, own = self._fetch_awaited(session, epoch, keys[awaited], others, records[awaited], overdue, counters)
-        destination.reshape(count, -1)[awaited] = own
-        statuses = np.zeros(count, np.uint8) if fetched.statuses is None else fetched.statuses
+        places = found["slot"][awaited], found["record"][awaited]
+        rest, own = self._fetch_awaited(session, epoch, keys[awaited], *places, overdue, counters, foreground)
+        destination.reshape(len(keys), -1)[awaited] = own
+        statuses = np.zeros(len(keys), np.uint8) if fetched.statuses is None else fetched.statuses
         statuses[awaited] = 0 if rest.statuses is None else rest.statuses
         ram, nvme = fetched.ram_records + rest.ram_records, fetched.nvme_records + rest.nvme_records
         return Fetched(statuses if statuses.any() else None, ram, nvme)
@@ -171,6 +133,7 @@ class FetchPath:
         records: I64,
         overdue: Callable[[], bool] | None,
         counters: Counters,
+        foreground: bool,
     ) -> tuple[Fetched, U8]:
         """Waits until the calls that read these records (of these slots) have ended, then fetches: [keys, record_bytes]."""
         pool = self._residency.pools[session.pool]
@@ -180,7 +143,10 @@ class FetchPath:
                 if overdue is not None and overdue():
                     counters.late_records += len(keys)
                     return Fetched(np.full(len(keys), STATUS_LATE, np.uint8), 0, 0), own
-        return self._fetch_many(session, epoch, keys, own.reshape(-1), overdue, counters), own
+            self._residency.session(session.session_id, epoch)
+            found, missing = self._plan(session, pool, keys, foreground)
+        into = own.reshape(-1)
+        return self._fetch(session, epoch, keys, found, missing, into, overdue, counters, foreground), own
 
     def _check_size(self, count: int, record_bytes: int) -> None:
         settings = self._parts.settings
@@ -200,11 +166,9 @@ class FetchPath:
         bad: Bools,
         late: Bools,
         ram_records: int,
-        awaited: int,
         counters: Counters,
     ) -> Fetched:
-        """awaited: how many keys are another call's to read."""
-        read = len(keys) - ram_records - awaited
+        read = len(keys) - ram_records - len(missing.awaited)
         if not (len(missing.lost) or bad.any() or late.any()):
             with self._lock:
                 counters.count_read(read, read * missing.items.item_bytes)

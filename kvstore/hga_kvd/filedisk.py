@@ -24,8 +24,9 @@ from typing import Literal
 import numpy as np
 from structlog.typing import FilteringBoundLogger
 
+from hga_kvd import native
 from hga_kvd.config import Settings
-from hga_kvd.disk import I32, I64, U64, Read
+from hga_kvd.disk import I32, I64, U64
 from hga_kvd.errors import StartRefused
 from hga_kvd.io_engine import EngineUnavailable, IoEngine, transfer_all, whole_or_failed
 from hga_kvd.liburing_engine import LiburingEngine
@@ -104,15 +105,12 @@ class FileDisk:
             yield whole_or_failed(moved, lengths[first : first + len(moved)])
             first += len(moved)
 
-    def read_few(self, reads: list[Read]) -> bool:
-        bits = 0
-        for _, offset, address, length in reads:
-            bits |= offset | address | length
-        assert not bits & (self._alignment - 1), f"a transfer that is not aligned to {self._alignment} bytes"
-        fd_of = self._fds.item
-        return self._io.read_few(
-            [(fd_of(handle), offset, address, length) for handle, offset, address, length in reads]
-        )
+    def bring(self, handles: I64, batch: native.Batch, pool: native.Pool, found: native.Found) -> bool:
+        if not isinstance(self._io, UringEngine):
+            return False
+        fds = self._fds.take(handles, mode="clip")
+        batch.fds, batch.alignment = address_of(fds), self._alignment
+        return self._io.bring(batch, pool, found)
 
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         return self._transfer(True, handles, offsets, addresses, lengths)

@@ -1,25 +1,25 @@
-"""The part of a small fetch that RAM answers. Under the residency's lock, and no I/O.
+"""The part of a fetch that RAM answers. No I/O.
 
-`find` is the way of a decode step that misses a record or two of its bank. It says what is there and what is to be read;
-of anything else, as a key that does not exist, it says nothing, and the general way decides.
+`find` and `fetch_few` run under the residency's lock. What `find` names is pinned until `unpin`, so `copy` needs no lock.
+Each runs in C where there is a library (native.py), and below it stands what it does, in numpy.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+import numpy as np
+import numpy.typing as npt
 
-from hga_kvd.arena import EMPTY, VALID
+from hga_kvd import native
+from hga_kvd.arena import VALID
+from hga_kvd.geometry import KEY_DTYPE, Keys
 from hga_kvd.index import Session
+from hga_kvd.native import FOUND, Found
 from hga_kvd.parts import Parts
-from hga_kvd.residency import Pool
+from hga_kvd.residency import Pool, locate, out_of_range
 
-KEY = struct.Struct("<IHH")  # KEY_DTYPE: group, KV head, layer
+U8 = npt.NDArray[np.uint8]
 
-# Up to here integers of Python are faster than arrays of numpy, and a copy under the lock than pins and a second turn
-# of it: 8 records of 8 KiB take 10 us so, 25 us the other way; at 32 both take the same. From disk 12, 32 and 48 records
-# cost 0.57, 1.08 and 1.72 ms of processor this way, and 1.12, 1.57 and 1.73 the other.
+# A decode step's fetch that RAM has is copied under the lock: less than pins and a second turn of it would cost.
 FEW_KEYS = 32
 FEW_BYTES = 256 << 10
 
@@ -29,62 +29,75 @@ def fetch_few(parts: Parts, session_id: int, packed: bytes, into: memoryview, ep
     residency = parts.residency
     with residency.lock:
         session = residency.sessions.get(session_id)
-        if session is None or session.epoch != epoch or len(packed) % KEY.size:
+        if session is None or session.epoch != epoch or len(packed) % KEY_DTYPE.itemsize:
             return 0
-        pool = residency.pools[session.pool]
-        count = len(packed) // KEY.size
-        size = count * pool.slots.record_bytes
-        if size > min(len(into), FEW_BYTES, parts.settings.fetch_bytes_max):
+        pool, count = residency.pools[session.pool], len(packed) // KEY_DTYPE.itemsize
+        size, policy = count * pool.slots.record_bytes, pool.policy
+        if count > FEW_KEYS or size > min(len(into), FEW_BYTES, parts.settings.fetch_bytes_max):
             return 0
-        found = find(session, pool, KEY.iter_unpack(packed))
-        if found is None or found.missing:
+        if pool.view is not None:
+            asked_at = policy.now + count * policy.tick
+            rows, chunks = session.rows, session.chunk_count
+            if not native.fetch_few(pool.view, rows, chunks, packed, count, into[:size], asked_at):
+                return 0
+            policy.now = asked_at
+        elif not _fetch_few(session, pool, np.frombuffer(packed, KEY_DTYPE), np.frombuffer(into[:size], np.uint8)):
             return 0
-        copy(residency.memory, found.starts, pool.slots.record_bytes, into)
-        pool.policy.touch_few(found.used)
         session.use(now)
         parts.counters.count_hits(count, size)
     return count
 
 
-@dataclass(slots=True, eq=False)
-class Found:
-    """starts: where each key's record lies in the arena; of a missing one that has no slot, nothing that counts."""
-
-    starts: list[int]
-    used: list[int]  # slots of those that are there
-    missing: list[tuple[int, int, int, int, int]]  # (key, row, layer, record, slot or 0) of the others
-
-
-def find(session: Session, pool: Pool, keys: Iterable[tuple[int, int, int]]) -> Found | None:
-    """Where the arena has these records. keys: (group, KV head, layer). None: there is more to it than hits and misses."""
-    geometry, slots = pool.geometry, pool.slots
-    layers, kv_heads, per_chunk = geometry.layers, geometry.kv_heads, geometry.groups_per_chunk
-    group_count, size = session.chunk_count * per_chunk, slots.record_bytes
-    row_of, slot_of = session.rows.data, pool.table.slot.data
-    state, stride, per_page, page_rest = slots.state.data, slots.stride, slots.slots_per_page, slots.page_rest
-    found = Found([], [], [])
-    for key, (group, kv_head, layer) in enumerate(keys):
-        if group >= group_count or kv_head >= kv_heads or layer >= layers:
-            return None
-        chunk, place = divmod(group, per_chunk)
-        row = row_of[chunk]
-        slot = slot_of[row, layer]
-        record = kv_head * per_chunk + place
-        here = state[slot, record]
-        if here == VALID:
-            found.used.append(slot)
-        elif here == EMPTY:
-            found.missing.append((key, row, layer, record, slot))
-        else:
-            return None
-        start = (slot - 1) * stride + record * size
-        found.starts.append(start + (slot - 1) // per_page * page_rest if page_rest else start)
-    return found
+def _fetch_few(session: Session, pool: Pool, keys: Keys, into: U8) -> bool:
+    try:
+        rows, layers, records = locate(session, keys)
+        slots = pool.table.slot[rows, layers]
+        state = pool.slots.state[slots, records]
+    except IndexError:
+        return False
+    if (state != VALID).any():
+        return False
+    pool.slots.gather(slots, records, into)
+    pool.policy.touch(slots)
+    return True
 
 
-def copy(memory: memoryview, starts: list[int], size: int, into: memoryview) -> None:
-    """The records that lie there, one after the other."""
-    at = 0
-    for start in starts:
-        into[at : at + size] = memory[start : start + size]
-        at += size
+def find(session: Session, pool: Pool, keys: Keys) -> tuple[Found, int]:
+    """Where the records of these keys are, and how many are VALID. Every slot that is named is pinned.
+
+    Raises: KeyOutOfRange, and then nothing is pinned.
+    """
+    found = np.empty(len(keys), FOUND)
+    if pool.view is not None:
+        valid = native.find(pool.view, session.rows, session.chunk_count, np.ascontiguousarray(keys), found)
+        if valid < 0:
+            raise out_of_range(session, keys)
+        return found, valid
+    try:  # numpy checks every index anyway; only a refusal looks for the one to blame
+        rows, layers, records = locate(session, keys)
+        slots = pool.table.slot[rows, layers]
+        state = pool.slots.state[slots, records]
+    except IndexError:
+        raise out_of_range(session, keys) from None
+    for name, column in (("row", rows), ("layer", layers), ("record", records), ("slot", slots), ("state", state)):
+        found[name] = column
+    found["start"] = pool.slots.starts(slots, records)
+    pool.slots.pin(slots)
+    return found, int(np.count_nonzero(state == VALID))
+
+
+def unpin(pool: Pool, found: Found) -> None:
+    """Under the lock: what `find` pinned."""
+    if pool.view is None:
+        pool.slots.unpin(found["slot"])
+    else:
+        native.unpin(pool.view, found)
+        pool.slots.free_doomed(found["slot"])
+
+
+def copy(pool: Pool, found: Found, destination: U8) -> None:
+    """Those that are VALID, each to its key's place in the destination."""
+    if pool.view is None:
+        pool.slots.gather(np.where(found["state"] == VALID, found["slot"], 0), found["record"], destination)
+    else:
+        native.copy_hits(pool.view, found, destination)

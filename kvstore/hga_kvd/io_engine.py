@@ -6,6 +6,7 @@ so no engine has a rule of its own about short transfers, ends of files or retri
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hga_kvd.disk import I32, I64, U64, Read
+from hga_kvd.disk import I32, I64, U64
 
 # A SQE's length is 32 bits and one read(2) stops at 2 GiB - 4 KiB; a longer transfer is a short one, finished below.
 TRANSFER_BYTES_MAX = 1 << 30
@@ -59,9 +60,6 @@ class IoEngine(Mover, Protocol):
         For one thread, which makes no other call of the engine meanwhile.
         """
 
-    def read_few(self, reads: list[Read]) -> bool:
-        """As Disk.read_few, of descriptors."""
-
     def shutdown(self) -> None:
         """Waits for the calls under way, then lets go of threads and file descriptors. No call may come after it."""
 
@@ -70,18 +68,23 @@ class Callers:
     """The calls under way in an engine, `with callers:` around each. They share the depth; shutdown waits for them."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._count = ctypes.c_int64()
+        self.address = ctypes.addressof(self._count)  # of the count, for C
         self._closed = False
         self._changed = threading.Condition(threading.Lock())
+
+    @property
+    def count(self) -> int:
+        return self._count.value
 
     def __enter__(self) -> None:
         with self._changed:
             assert not self._closed, "a transfer after shutdown"
-            self.count += 1
+            self._count.value += 1
 
     def __exit__(self, *error: object) -> None:
         with self._changed:
-            self.count -= 1
+            self._count.value -= 1
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -131,17 +134,6 @@ def transfer_all(
         rows, fds = rows[again], fds[again]
         offsets, left = offsets[again] + step[again], left[again] - step[again]
         addresses = addresses[again] + step[again].astype(np.uint64)
-
-
-def columns_of(reads: list[Read]) -> tuple[I32, I64, U64, I64]:
-    """As the other calls have them."""
-    handles, offsets, addresses, lengths = zip(*reads, strict=True)
-    return (
-        np.array(handles, np.int32),
-        np.array(offsets, np.int64),
-        np.array(addresses, np.uint64),
-        np.array(lengths, np.int64),
-    )
 
 
 def whole_or_failed(moved: I64, lengths: I64) -> I32:

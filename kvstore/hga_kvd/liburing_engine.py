@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from hga_kvd.disk import I32, I64, U64, Read
-from hga_kvd.io_engine import Callers, EngineUnavailable, Results, columns_of
+from hga_kvd.disk import I32, I64, U64
+from hga_kvd.io_engine import Callers, EngineUnavailable, Results
 
 _TRIAL = "import liburing as l; r = l.Ring(); l.io_uring_queue_init(2, r); l.io_uring_queue_exit(r)"
 _TRIAL_S = 30.0
@@ -72,10 +72,6 @@ class LiburingEngine:
 
     def stream(self, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
         yield self.transfer(False, fds, offsets, addresses, lengths)
-
-    def read_few(self, reads: list[Read]) -> bool:
-        columns = columns_of(reads)
-        return bool((self.transfer(False, *columns) == columns[-1]).all())
 
     def shutdown(self) -> None:
         self._callers.close()

@@ -20,6 +20,7 @@ HUGE_PAGE_BYTES = 2 << 20
 _MAP_FIXED = 16
 _MADV_COLLAPSE = 25  # Linux 6.1
 _HOLES: list[mmap.mmap] = []  # never unmapped: what was refused in their middle left a place that others may have now
+_ANYTHING = ctypes.c_char * 0
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.mmap.restype = ctypes.c_void_p
@@ -64,10 +65,12 @@ def file_buffer(descriptor: int, size: int) -> tuple[npt.NDArray[np.uint8], bool
     return buffer, huge
 
 
-def address_of(array: npt.NDArray[Any]) -> int:
-    """Where the array's first byte lies. (`array.ctypes.data` says the same in five times the time.)"""
-    address: int = array.__array_interface__["data"][0]
-    return address
+def address_of(array: Any) -> int:
+    """Where the first byte of an array or a memoryview lies. (0.4 us, where `array.ctypes.data` takes 3.)"""
+    try:
+        return ctypes.addressof(_ANYTHING.from_buffer(array))
+    except (TypeError, ValueError):  # read-only; columns that lie together
+        return int(np.asarray(array).__array_interface__["data"][0])
 
 
 def give_back_freed() -> None:

@@ -1,38 +1,37 @@
 """The part of a fetch that goes to disk: which records, in which order, and how they come into the arena and out of it.
 
-Records are read into their slots, verified there, and copied to the caller from there, like those that RAM had: the arena
-is memory of our own, which no client can write to, and physically contiguous, which disks read into fastest. Records that
-get no slot go straight to their place in the destination.
+Records are read into their slots, verified there, and copied to the caller from there: the arena is memory of our own,
+which no client can write to, and physically contiguous, which disks read into fastest. Records that get no slot go
+straight to their place in the destination. Bytes leave a slot, and become VALID there, only after they passed their
+checksum.
 
 `plan` and `end` run under the residency's lock, `bring` between them under none: everything that the plan names (slots,
-segments) is pinned in the meantime. Bytes leave a slot, and become VALID there, only after they passed their checksum.
+segments) is pinned in the meantime.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.arena import BAD, copy_records
+from hga_kvd import hits, native
+from hga_kvd.arena import BAD, FILLING, VALID, copy_records
 from hga_kvd.checksum import mix, place_codes
 from hga_kvd.disk import Disk
 from hga_kvd.index import LOST_ROW, NO_SEGMENT
-from hga_kvd.memory import address_of
-from hga_kvd.reads import Items, can_go_straight, read, read_again, stream
+from hga_kvd.native import CHECKSUM_BYTES_MIN, Batch, Found
+from hga_kvd.reads import Items, brought, read_again
 from hga_kvd.residency import Pool, Residency
 from hga_kvd.segments import Segment, SegmentLog
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-Parts = Generator[tuple[slice, Bools], None, None]  # items, the next few at a time, and something of each
 
-# Reads that are verified and copied at once, while others are under way.
-STEP = 16
 # Neighbours that are not asked for one after the other are read apart while they are less than one in so many: sorting
 # takes 0.15 ms, another read 10 us.
 APART_SHARE = 32
@@ -51,53 +50,40 @@ class Misses:
     slots: I64
     records: I64
     segments: tuple[Segment, ...]  # pinned
-    pinned: I64  # slots
-    fresh: int  # of them were free before
-    sources: I64  # of each key of the fetch: the slot that its record comes from, or 0
+    pinned: I64  # slots that hold nothing yet
+    awaited: I64  # keys of records that another call is reading
     copies_to: I64
     copies_of: I64
     lost: I64  # keys of records that are nowhere
 
 
-def plan(
-    residency: Residency,
-    log: SegmentLog | None,
-    pool: Pool,
-    rows: I64,
-    layers: I64,
-    records: I64,
-    sources: I64,
-    missing: I64,
-) -> Misses:
-    """missing: which of the keys (rows[i], layers[i], records[i]) are to be read; their sources are 0. log: None without
-    a disk.
-    """
-    table, slots = pool.table, pool.slots
+def plan(residency: Residency, log: SegmentLog | None, pool: Pool, found: Found) -> Misses:
+    """Of what RAM does not have. log: None without a disk."""
+    table, slots, state = pool.table, pool.slots, found["state"]
+    rows, layers, records = found["row"], found["layer"], found["record"]
+    missing = np.flatnonzero((state != VALID) & (state != FILLING))
     row = rows[missing]
     lost, nowhere = missing[:0], table.segment[row] == NO_SEGMENT
     if nowhere.any():  # recovery could not find the chunk, or only RAM has it and there the record went BAD
         lost, missing = missing[nowhere], missing[~nowhere]
-        states = slots.state[table.slot[rows[lost], layers[lost]], records[lost]]
-        assert ((rows[lost] == LOST_ROW) | (states == BAD)).all(), "a dirty chunk without its slots"
+        assert ((rows[lost] == LOST_ROW) | (state[lost] == BAD)).all(), "a dirty chunk without its slots"
         row = rows[missing]
     place = (row * pool.geometry.layers + layers[missing]) * slots.records + records[missing]
     keys, copies_to, copies_of = _in_turn(missing, place)
     row, layer, record = rows[keys], layers[keys], records[keys]
-    target, pinned, fresh = residency.claim_for_reads(pool, row, layer, record)
-    sources[keys] = target
-    sources[copies_to] = target[copies_of]
+    target, pinned = residency.claim_for_reads(pool, row, layer, record, found["slot"][keys])
     segments, handles = log.pin(table.segment[row]) if log else ((), keys)
     offsets = table.offset[row] + layer * slots.stride + record * slots.record_bytes
     seeds = mix(table.uid[row] ^ place_codes(pool.geometry.layers, slots.records)[layer, record])
     items = Items(slots.record_bytes, handles, offsets, keys, seeds, table.checksums[row, layer, record])
-    return Misses(items, target, record, segments, pinned, fresh, sources, copies_to, copies_of, lost)
+    awaited = np.flatnonzero(state == FILLING)
+    return Misses(items, target, record, segments, pinned, awaited, copies_to, copies_of, lost)
 
 
 def _in_turn(keys: I64, place: I64) -> tuple[I64, I64, I64]:
     """(one key of each place, in the order in which to read; the other keys, and which of the first each is like).
 
-    Neighbours (place + 1) are read together, and what the first keys ask for first, so that it can be copied to the
-    caller while the rest is read.
+    Neighbours (place + 1) are read together; otherwise the order is that of the keys.
     """
     order = np.sort(place)
     steps = order[1:] - order[:-1]
@@ -120,90 +106,73 @@ def bring(
     disk: Disk | None,
     residency: Residency,
     pool: Pool,
+    found: Found,
     misses: Misses,
-    records: I64,
     destination: U8,
     overdue: Callable[[], bool] | None,
 ) -> tuple[Bools, Bools, Bools]:
-    """Reads all items, and copies everything that the fetch asked for to the destination. records: of all its keys.
-    Returns which items are bad, which the arena may keep, and which are late.
+    """Reads all items, and copies everything that the fetch asked for to the destination, what RAM has while the device
+    reads the rest. Returns which items are bad, which the arena may keep, and which are late.
 
     With a deadline, parts are small, one after another, and none begins once `overdue` says so; what has begun is
     finished: a read that went on behind the answer would write into memory that has another use by then.
     """
-    items, sources, size = misses.items, misses.sources, pool.slots.record_bytes
+    items, size = misses.items, pool.slots.record_bytes
     bad, late = np.zeros(len(items), bool), np.zeros(len(items), bool)
-    left: I64 | None = None  # left[i]: the first key that waits for item i or a later one
-    copied = 0
-
-    def copy_until(end: int) -> None:
-        nonlocal copied
-        if end > copied:
-            pool.slots.gather(sources[copied:end], records[copied:end], destination[copied * size : end * size])
-            copied = end
-
+    starts = np.where(misses.slots != 0, pool.slots.starts(misses.slots, misses.records), -1)
     step = max(1, len(items) if overdue is None else DEADLINE_PART_BYTES // size)
     for begin in range(0, len(items), step):
         assert disk is not None
         if overdue is not None and overdue():
             late[begin:] = True
             break
-        which = slice(begin, begin + step)
-        # Closed before anything is unpinned, whatever happens: the disk may still write to the slots.
-        with contextlib.closing(_verified(disk, residency, pool, misses, which, destination)) as parts:
-            for part, wrong in parts:
-                if left is None:  # the device works on the rest: what can wait until then takes no time
-                    left = np.append(np.minimum.accumulate(items.positions[::-1])[::-1], len(sources))
-                    with residency.lock:
-                        residency.make_room_ahead(pool, misses.fresh)
-                bad[part] = wrong
-                if wrong.any():
-                    _leave_out(misses, bad)
-                copy_until(int(left[part.stop]))
-    _leave_out(misses, late)
-    copy_until(len(sources))
+        part = slice(begin, begin + step)
+        bad[part] = _bring(disk, residency, pool, found, items.part(part), starts[part], destination)
+        found = found[:0]
+    if len(found):
+        hits.copy(pool, found, destination)
     keep = (misses.slots != 0) & ~bad & ~late
     if disk is not None:
         read_again(disk, items, bad, destination)
-    # Keys that share an item are copied from its slot; where it has none, from its place in the destination.
-    alone = sources[misses.copies_to] == 0
-    at, to = items.positions[misses.copies_of[alone]], misses.copies_to[alone]
+    at, to = items.positions[misses.copies_of], misses.copies_to
     copy_records(destination.data, at * size, destination.data, to * size, size)
     return bad, keep, late
 
 
-def _leave_out(misses: Misses, which: Bools) -> None:
-    """These items are not to be copied from their slots."""
-    misses.sources[misses.items.positions[which]] = 0
-    misses.sources[misses.copies_to[which[misses.copies_of]]] = 0
-
-
-def _verified(disk: Disk, residency: Residency, pool: Pool, misses: Misses, which: slice, destination: U8) -> Parts:
-    """Reads these items to where they belong. Yields the next few, and which of them are wrong, by and by."""
-    items, slots, size = misses.items.part(which), misses.slots[which], pool.slots.record_bytes
-    kept, region = slots != 0, residency.arena.region
-    starts = np.where(kept, pool.slots.starts(slots, misses.records[which]), items.positions * size)
-    addresses = np.where(kept, residency.address, address_of(destination)) + starts
-    all_kept = kept.all()
-    with contextlib.closing(_brought(disk, items, kept, region, destination, starts, addresses)) as parts:
+def _bring(
+    disk: Disk, residency: Residency, pool: Pool, found: Found, items: Items, starts: I64, destination: U8
+) -> Bools:
+    """Reads, verifies and copies these items, and copies what RAM has; which are wrong. starts: in the arena, or -1."""
+    region, size = residency.arena.region, items.item_bytes
+    batch = None
+    if pool.view is not None and size >= CHECKSUM_BYTES_MIN:
+        columns = starts, items.positions, items.offsets, items.seeds, items.expected
+        batch = Batch.of(size, region, destination, *columns)
+        if disk.bring(items.handles, batch, pool.view, found):
+            return batch.wrong_items
+    wrong = np.ones(len(items), bool)
+    # Closed before anything is unpinned, whatever happens: the disk may still write to the slots.
+    with contextlib.closing(brought(disk, items, region, destination, starts)) as parts:
         for part, failed in parts:
-            wrong = failed.copy()
-            for memory, mine in () if all_kept else ((region, kept[part]), (destination, ~kept[part])):
-                wrong[mine] |= items.part(part).part(mine).wrong(memory.data, starts[part][mine])
-            if all_kept:
-                wrong |= items.part(part).wrong(region.data, starts[part])
-            yield slice(which.start + part.start, which.start + part.stop), wrong
+            if len(found):
+                hits.copy(pool, found, destination)
+                found = found[:0]
+            if batch is not None:
+                native.take(batch, failed, part.start)
+                wrong[part] = batch.wrong_items[part]
+            else:
+                wrong[part] = _take(items.part(part), failed, region, destination, starts[part])
+    return wrong
 
 
-def _brought(disk: Disk, items: Items, kept: Bools, region: U8, destination: U8, starts: I64, addresses: I64) -> Parts:
-    """The same, unverified: which of the next few the device could not read."""
-    if can_go_straight(disk, items, addresses):
-        yield from stream(disk, items, addresses, STEP)
-        return
-    failed = np.zeros(len(items), bool)
-    for memory, mine in ((region, kept), (destination, ~kept)):
-        failed[mine] = read(disk, items.part(mine), memory, starts[mine])
-    yield slice(0, len(items)), failed
+def _take(items: Items, failed: Bools, region: U8, destination: U8, starts: I64) -> Bools:
+    """Verifies what was read, and copies what is right to its place in the destination. Returns which items are wrong."""
+    wrong, places, kept = failed.copy(), items.positions * items.item_bytes, starts >= 0
+    for memory, at, mine in ((region, starts, kept), (destination, places, ~kept)):
+        wrong[mine] |= items.part(mine).wrong(memory.data, at[mine])
+    good = kept & ~wrong
+    copy_records(region.data, starts[good], destination.data, places[good], items.item_bytes)
+    return wrong
 
 
 def end(residency: Residency, log: SegmentLog | None, pool: Pool, misses: Misses, keep: Bools | None) -> None:

@@ -1,10 +1,14 @@
 """The hot path in C (native.c), called with arrays. Each function here has a twin, which its caller uses where `LIBRARY` is
-None; STATE says why it is."""
+None; STATE says why it is.
+
+What a call is given is checked here or is the engine's own; what the arrays say is checked in C.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,37 +16,173 @@ from hga_kvd_proto.native import load
 
 from hga_kvd.memory import address_of
 
+if TYPE_CHECKING:
+    from hga_kvd.arena import SlotClass
+    from hga_kvd.index import ChunkTable
+
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+Found = npt.NDArray[np.void]
 
-VERSION = 1  # as in native.c
+VERSION = 2  # as in native.c
 
 # Fewer bytes are copied in less time than another thread needs to take the interpreter's lock and give it back.
 HELD_BYTES_MAX = 256 << 10
 
 LIBRARY, STATE = load(Path(__file__).parent, VERSION)
 
-_address, _number = ctypes.c_void_p, ctypes.c_int64
+BROKEN, UNALIGNED = -2, -3
+CHECKSUM_BYTES_MIN = 241  # fewer are the twin's
+
+_address, _number, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
-    "gather": (_address, _number, _address, _number, _number, _address, _number),
+    "find": (_address, _address, _number, _address, _number, _address),
+    "unpin": (_address, _address, _number),
+    "fetch_few": (_address, _address, _number, _address, _number, _address, _number, _real),
+    "copy_hits": (_address, _address, _number, _address, _number),
+    "take": (_address, _number, _number),
+    "bring": (_address, _address, _address, _address, _number),
 }
 for _library in LIBRARY or ():
+    _library.hga_kvd_checksum.restype = ctypes.c_uint64
+    _library.hga_kvd_checksum.argtypes = (_address, _number, ctypes.c_uint64)
     for _name, _types in _ARGUMENTS.items():
         _function = getattr(_library, f"hga_kvd_{_name}")
         _function.restype, _function.argtypes = _number, _types
 
+# Where a key's record is; `place` of native.c.
+FOUND = np.dtype([(name, np.int64) for name in ("row", "layer", "record", "slot", "state", "start")])
 
-def gather(source: U8, starts: I64, size: int, destination: U8) -> None:
-    """Copies `size` bytes from each of `starts` in `source`, one behind the other, into `destination`."""
+
+class Pool(ctypes.Structure):
+    """What C knows of one geometry's chunks and slots; `pool` of native.c."""
+
+    _fields_ = [
+        *((name, _number) for name in ("layers", "kv_heads", "groups_per_chunk", "record_bytes", "records")),
+        *((name, _number) for name in ("slot_count", "stride", "slots_per_page", "page_rest")),
+        *((name, _number) for name in ("row_count", "row_step", "layer_step")),
+        *((name, _address) for name in ("slot_of", "state", "pins", "log_worth", "region")),
+        ("region_bytes", _number),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, table: ChunkTable, slots: SlotClass, log_worth: npt.NDArray[np.float64]) -> Pool:
+        geometry, region = table.geometry, slots.units.reshape(-1)
+        pool = cls(
+            geometry.layers, geometry.kv_heads, geometry.groups_per_chunk, slots.record_bytes, slots.records,
+            slots.slot_count, slots.stride, slots.slots_per_page, slots.page_rest,
+            state=address_of(slots.state), pins=address_of(slots.pins), log_worth=address_of(log_worth),
+            region=address_of(region), region_bytes=len(region),
+        )  # fmt: skip
+        pool.address = ctypes.addressof(pool)
+        pool._table, pool._slot_of = table, table.slot[:0]
+        return pool
+
+    def now(self) -> int:
+        """Its address, with the table's arrays as they are: these are others when it has grown."""
+        slot_of = self._table.slot
+        if slot_of is not self._slot_of:
+            self._slot_of = slot_of
+            self.slot_of, self.row_count = address_of(slot_of), len(slot_of)
+            self.row_step, self.layer_step = (step // slot_of.itemsize for step in slot_of.strides)
+        return self.address
+
+    address: int
+    _table: ChunkTable
+    _slot_of: I64
+
+
+def checksum(data: U8, seed: int) -> int:
+    """XXH3 of CHECKSUM_BYTES_MIN bytes or more, as `checksum.checksum` has it."""
     assert LIBRARY is not None
-    call = (LIBRARY.held if len(starts) * size <= HELD_BYTES_MAX else LIBRARY.free).hga_kvd_gather
-    done = call(
-        address_of(source),
-        len(source),
-        address_of(starts),
-        len(starts),
-        size,
-        address_of(destination),
-        len(destination),
-    )
-    assert done == len(starts), f"record {done} of {len(starts)} lies outside the arena or the destination"
+    assert len(data) >= CHECKSUM_BYTES_MIN
+    return int(LIBRARY.held.hga_kvd_checksum(address_of(data), len(data), seed))
+
+
+def find(pool: Pool, rows: I64, chunk_count: int, keys: npt.NDArray[np.void], found: Found) -> int:
+    """hga_kvd_find."""
+    assert LIBRARY is not None
+    assert len(rows) >= chunk_count
+    assert len(found) == len(keys)
+    call = LIBRARY.held.hga_kvd_find
+    valid: int = call(pool.now(), address_of(rows), chunk_count, address_of(keys), len(keys), address_of(found))
+    assert valid > -2 - len(keys), "the index names a row or a slot that cannot be"
+    return valid
+
+
+def unpin(pool: Pool, found: Found) -> None:
+    """hga_kvd_unpin."""
+    assert LIBRARY is not None
+    LIBRARY.held.hga_kvd_unpin(pool.address, address_of(found), len(found))
+
+
+def fetch_few(pool: Pool, rows: I64, chunk_count: int, packed: bytes, count: int, into: memoryview, now: float) -> bool:
+    """hga_kvd_fetch_few. packed: of KEY_DTYPE, `count` of them."""
+    assert LIBRARY is not None
+    call = LIBRARY.held.hga_kvd_fetch_few
+    return bool(call(pool.now(), address_of(rows), chunk_count, packed, count, address_of(into), len(into), now))
+
+
+def copy_hits(pool: Pool, found: Found, destination: U8) -> None:
+    """hga_kvd_copy_hits."""
+    assert LIBRARY is not None
+    call = (LIBRARY.held if len(destination) <= HELD_BYTES_MAX else LIBRARY.free).hga_kvd_copy_hits
+    copied = call(pool.address, address_of(found), len(found), address_of(destination), len(destination))
+    assert copied >= 0, "a slot lies outside the arena, or a record outside the destination"
+
+
+class Batch(ctypes.Structure):
+    """Records to read; `batch` of native.c. Keeps the arrays alive."""
+
+    _fields_ = [
+        *((name, _number) for name in ("count", "size", "alignment")),
+        ("region", _address), ("region_bytes", _number), ("destination", _address), ("destination_bytes", _number),
+        *((name, _address) for name in ("starts", "positions", "offsets", "fds", "seeds", "expected", "wrong", "reads")),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(
+        cls, size: int, region: U8, destination: U8, starts: I64, positions: I64, offsets: I64, seeds: U64, expected: U64
+    ) -> Batch:  # fmt: skip
+        """starts: in the region, bytes; -1: read to its place in the destination. All columns of one length, contiguous."""
+        wrong, reads = np.ones(len(starts), bool), np.empty(len(starts) + 1, np.int64)
+        batch = cls(
+            len(starts), size, 1, address_of(region), len(region), address_of(destination), len(destination),
+            *map(address_of, (starts, positions, offsets)), 0, *map(address_of, (seeds, expected, wrong, reads)),
+        )  # fmt: skip
+        assert all(len(column) == len(starts) for column in (positions, offsets, seeds, expected))
+        batch.wrong_items = wrong
+        batch._columns = (region, destination, starts, positions, offsets, seeds, expected, reads)
+        return batch
+
+    wrong_items: npt.NDArray[np.bool_]
+    _columns: tuple[npt.NDArray[Any], ...]
+
+
+class Ring(ctypes.Structure):
+    """An io_uring that is set up; `ring` of native.c."""
+
+    _fields_ = [
+        *((name, _number) for name in ("fd", "entries", "queue_depth")),
+        ("callers", _address),
+        *((name, _address) for name in ("sq_head", "sq_tail", "sq_array", "cq_head", "cq_tail", "sqes", "cqes")),
+        ("cqe_count", _number),
+    ]  # fmt: skip
+
+
+def take(batch: Batch, failed: npt.NDArray[np.bool_], first: int) -> None:
+    """hga_kvd_take of the items from `first` on that were read; failed: those of them that could not be."""
+    assert LIBRARY is not None
+    end = first + len(failed)
+    batch.wrong_items[first:end] = failed
+    assert not LIBRARY.free.hga_kvd_take(ctypes.addressof(batch), first, end), "an item lies outside its memory"
+
+
+def bring(ring: Ring, batch: Batch, pool: Pool, found: Found) -> int:
+    """hga_kvd_bring: 0, UNALIGNED (nothing was done), or the errno of a ring that is of no more use."""
+    assert LIBRARY is not None
+    call = LIBRARY.free.hga_kvd_bring
+    error: int = call(ctypes.addressof(ring), ctypes.addressof(batch), pool.address, address_of(found), len(found))
+    assert error != BROKEN, "an item or a hit lies outside its memory"
+    return error

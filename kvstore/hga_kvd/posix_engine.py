@@ -14,8 +14,8 @@ from collections import deque
 
 import numpy as np
 
-from hga_kvd.disk import I32, I64, U64, Read
-from hga_kvd.io_engine import Callers, Results, columns_of
+from hga_kvd.disk import I32, I64, U64
+from hga_kvd.io_engine import Callers, Results
 
 # More threads than this only wait for each other's turn of the interpreter lock.
 THREADS_MAX = 32
@@ -70,10 +70,6 @@ class PosixEngine:
 
     def stream(self, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
         yield self.transfer(False, fds, offsets, addresses, lengths)
-
-    def read_few(self, reads: list[Read]) -> bool:
-        columns = columns_of(reads)
-        return bool((self.transfer(False, *columns) == columns[-1]).all())
 
     def shutdown(self) -> None:
         self._callers.close()

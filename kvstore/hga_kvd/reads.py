@@ -21,9 +21,12 @@ from hga_kvd.memory import address_of, aligned_buffer
 
 U8 = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
+Parts = Generator[tuple[slice, Bools], None, None]  # items, the next few at a time, and something of each
 
 # Reads that cannot go straight to their destination go through a buffer of this size.
 BUFFER_BYTES = 8 << 20
+# Reads that are verified and copied at once, while others are under way.
+STEP = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,21 +113,30 @@ def _runs(first: Bools) -> tuple[I64, I64]:
     return starts, counts
 
 
-def can_go_straight(disk: Disk, items: Items, addresses: I64) -> bool:
+def _can_go_straight(disk: Disk, items: Items, addresses: I64) -> bool:
     """Whether all of this is aligned as direct reads must be."""
     bits = items.item_bytes | int(np.bitwise_or.reduce(items.offsets | addresses))
     return not bits & (disk.alignment - 1)
 
 
-def stream(disk: Disk, items: Items, addresses: I64, step: int) -> Generator[tuple[slice, Bools], None, None]:
-    """Disk straight to addresses, unverified. Yields the next items, brought while later ones are under way, and which
-    of them the device could not read; those of at least `step` reads at a time, but for the last.
+def brought(disk: Disk, items: Items, region: U8, destination: U8, starts: I64) -> Parts:
+    """Disk to where the items belong, unverified: to starts[i] in the region or, where that is -1, to their place in the
+    destination. Yields the next few and which of them the device could not read, those of at least STEP reads at a time,
+    but for the last, while others are under way.
 
     Close it before the memory is used for something else.
     """
+    kept, places = starts >= 0, items.positions * items.item_bytes
+    addresses = np.where(kept, address_of(region) + starts, address_of(destination) + places)
+    if not _can_go_straight(disk, items, addresses):
+        failed = np.zeros(len(items), bool)
+        for memory, at, mine in ((region, starts, kept), (destination, places, ~kept)):
+            failed[mine] = read(disk, items.part(mine), memory, at[mine])
+        yield slice(0, len(items)), failed
+        return
     reads = direct(items.handles, items.offsets, addresses, items.item_bytes)
     first = first_read = 0
-    with contextlib.closing(disk.stream(reads.handles, reads.offsets, reads.addresses, reads.lengths, step)) as parts:
+    with contextlib.closing(disk.stream(reads.handles, reads.offsets, reads.addresses, reads.lengths, STEP)) as parts:
         for statuses in parts:
             counts = reads.counts[first_read : first_read + len(statuses)]
             end = first + int(counts.sum())
@@ -137,7 +149,7 @@ def read(disk: Disk, items: Items, memory: U8, at: I64) -> Bools:
     if not len(items):
         return np.zeros(0, bool)
     addresses = address_of(memory) + at
-    if can_go_straight(disk, items, addresses):
+    if _can_go_straight(disk, items, addresses):
         reads = direct(items.handles, items.offsets, addresses, items.item_bytes)
         return np.repeat(disk.read(reads.handles, reads.offsets, reads.addresses, reads.lengths) != 0, reads.counts)
     bad = np.zeros(len(items), bool)

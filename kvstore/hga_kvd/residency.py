@@ -10,13 +10,13 @@ then known to its policy, which may give it away while it is not pinned.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from hga_kvd import native
 from hga_kvd.arena import EMPTY, FILLING, PAGE_BYTES, Arena, SlotClass
 from hga_kvd.errors import KeyOutOfRange, SessionNotFound, StaleEpoch
 from hga_kvd.eviction import Lrfu
@@ -30,9 +30,6 @@ I64 = npt.NDArray[np.int64]
 # Evicted at once while a few slots are wanted, at most one in EVICTED_SHARE: an eviction costs 0.1 ms, whatever its size.
 EVICTED_AT_ONCE, EVICTED_SHARE = 64, 32
 
-# Slots that are free when no call needs them yet, at most one in so many.
-AHEAD_SHARE = 8
-
 
 @dataclass(frozen=True, eq=False)
 class Pool:
@@ -43,6 +40,7 @@ class Pool:
     table: ChunkTable
     slots: SlotClass
     policy: Lrfu
+    view: native.Pool | None  # what C sees of it; None: the twins run
 
 
 class Residency:
@@ -69,7 +67,8 @@ class Residency:
             slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
             policy = self._policies.setdefault(slots, Lrfu(slots.slot_count))
             table = ChunkTable(geometry, geometry.layers * slots.stride)
-            pool = Pool(len(self.pools), geometry, table, slots, policy)
+            view = native.Pool.of(table, slots, policy.log_worth) if native.LIBRARY is not None else None
+            pool = Pool(len(self.pools), geometry, table, slots, policy, view)
             self.pools.append(pool)
             self._pool_of[geometry] = pool
             self.told_bytes += geometry_bytes(geometry)
@@ -168,15 +167,6 @@ class Residency:
             self._take_pages(slots, count)
         return min(count, slots.free_count)
 
-    def make_room_ahead(self, pool: Pool, count: int) -> None:
-        """Evicts, as far as a share of the slots goes, until `count` are free: a call that waits for its reads does so for
-        the next one like it."""
-        slots = pool.slots
-        self.arena.grow(slots, count)
-        short = min(count, slots.held_count // AHEAD_SHARE) - slots.free_count
-        if short > 0:
-            self._evict(slots, pool.policy.evict(short, slots.pins))
-
     def _take_pages(self, slots: SlotClass, count: int) -> None:
         """Takes pages from other classes by evicting what is clean in them."""
         wanted = -(-(count - slots.free_count) // slots.slots_per_page)
@@ -212,45 +202,29 @@ class Residency:
         holder = pool.slots.holder[slots]
         pool.policy.admit(slots, extent_key(holder[:, 0], holder[:, 1], holder[:, 2]))
 
-    def hold_few(self, pool: Pool, extents: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-        """Free slots, which there are, for these extents (row, layer): clean, and to be filled from disk."""
-        slots, fresh = pool.slots, {}
-        holder, slot_of = slots.holder.data, pool.table.slot.data
-        for row, layer in extents:
-            slot = slots.take_one()
-            holder[slot, 0], holder[slot, 1], holder[slot, 2] = pool.number, row, layer
-            slot_of[row, layer] = slot
-            pool.policy.admit_one(slot, extent_key(pool.number, row, layer))
-            fresh[row, layer] = slot
-        return fresh
-
     # --- reads from disk ---
 
-    def claim_for_reads(self, pool: Pool, rows: I64, layers: I64, records: I64) -> tuple[I64, I64, int]:
-        """Slots for records that a call is about to read, no record twice: (slot to fill or 0 for each, slots pinned, how
-        many of them were free).
+    def claim_for_reads(self, pool: Pool, rows: I64, layers: I64, records: I64, held: I64) -> tuple[I64, I64]:
+        """Slots for records that a call is about to read, no record twice: (slot to fill or 0 for each; those that hold
+        nothing yet, pinned). held: the slots of their extents, pinned by the caller, or 0.
 
         Extents that get no slot are read all the same, and not kept. End with `end_reads`.
         """
         slots, table, layer_count = pool.slots, pool.table, pool.geometry.layers
-        target = table.slot[rows, layers]
-        pinned = target[target != 0]
-        if len(pinned):
-            slots.pin(pinned)  # before room is made, so that it is not made of them
-            pool.policy.touch(pinned)  # asked for, though not for a record that is there
-        absent = np.unique((rows * layer_count + layers)[target == 0])
-        count = self.make_room(pool, len(absent)) if len(absent) else 0
-        if count:
+        target, is_held = held, held != 0
+        pool.policy.touch(held[is_held])  # asked for, though not for a record that is there
+        absent = np.unique((rows * layer_count + layers)[~is_held])
+        fresh = absent[:0]
+        if count := self.make_room(pool, len(absent)) if len(absent) else 0:
             fresh = slots.take(count)
             self.hold(pool, fresh, *np.divmod(absent[:count], layer_count))
             self.make_evictable(pool, fresh)
             slots.pin(fresh)
-            pinned = np.concatenate((pinned, fresh))
             target = table.slot[rows, layers]
         target[slots.state[target, records] != EMPTY] = 0  # BAD: that place is never filled again
         filled = target != 0
         slots.state[target[filled], records[filled]] = FILLING
-        return target, pinned, count
+        return target, fresh
 
     def end_reads(self, pool: Pool, slots: I64, records: I64, keep: npt.NDArray[np.bool_] | None, pinned: I64) -> None:
         """keep: which of the records lie verified in their slot; None: none of them."""

@@ -25,17 +25,17 @@ import errno
 import mmap
 import os
 import platform
-import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd.disk import I32, I64, U64, Read
-from hga_kvd.io_engine import Callers, EngineUnavailable, Results, columns_of
+from hga_kvd import native
+from hga_kvd.disk import I32, I64, U64
+from hga_kvd.io_engine import Callers, EngineUnavailable, Results
+from hga_kvd.memory import address_of
 
 U32 = npt.NDArray[np.uint32]
 
@@ -64,7 +64,6 @@ _SQE = np.dtype(
         "itemsize": 64,
     }
 )
-_SQE_PART = struct.Struct("<BBHiqQI")  # opcode, flags, priority, fd, offset, address, length
 # Reads of one thread that are laid out at once: 100 KiB of ring. A longer batch runs dry once in so many.
 _ENTRIES = 1024
 _CQE = np.dtype([("row", "<i8"), ("result", "<i4"), ("flags", "<u4")])
@@ -88,12 +87,12 @@ _enter.argtypes = (ctypes.c_long, *[ctypes.c_uint] * 4, ctypes.c_void_p, ctypes.
 
 
 class Ring:
-    """One ring, for the thread that made it. At most `depth()` transfers, asked every round, are in flight.
+    """One ring, for the thread that made it. In flight is at most this call's share of the queue depth, asked every round.
 
     Raises EngineUnavailable when the kernel or the machine refuses.
     """
 
-    def __init__(self, depth: Callable[[], int]) -> None:
+    def __init__(self, queue_depth: int, callers: Callers) -> None:
         fd, params, flags = _setup_ring(_ENTRIES)
         weakref.finalize(self, os.close, fd)
         required = _FEATURE_SINGLE_MMAP | _FEATURE_NODROP | _FEATURE_RW_CUR_POS  # the last came with OP_READ, Linux 5.6
@@ -116,19 +115,19 @@ class Ring:
             return np.frombuffer(ring, np.uint32, count, int(params[field]))
 
         self.fd = fd
-        self._depth = depth
+        self._queue_depth, self._callers = queue_depth, callers
         self._count = sq_count
         self._sq_head, self._sq_tail = u32("sq_head"), u32("sq_tail")
         self._cq_head, self._cq_tail = u32("cq_head"), u32("cq_tail")
         self._sq_array = u32("sq_array", sq_count)
         self._sqes = np.frombuffer(sqes, _SQE)
-        self._sqe_bytes = memoryview(sqes)
         self._busy_tries = 0
         self._cqes = np.frombuffer(ring, _CQE, cq_count, int(params["cq_cqes"]))
-        self._sqes["row"] = np.arange(sq_count)
         # places[p : p + n] are the n entries from p on, wrapped.
         self._sq_places = np.tile(np.arange(sq_count), 2)
         self._cq_places = np.tile(np.arange(cq_count), 2)
+        words = self._sq_head, self._sq_tail, self._sq_array, self._cq_head, self._cq_tail, self._sqes, self._cqes
+        self.view = native.Ring(fd, sq_count, queue_depth, callers.address, *map(address_of, words), cq_count)
 
     @property
     def in_flight(self) -> int:
@@ -151,33 +150,15 @@ class Ring:
             self._drain()
             raise
 
-    def read_few(self, reads: list[Read]) -> bool:
-        """As IoEngine.read_few, at most `depth()` of them; otherwise as `stream`."""
-        assert not self.in_flight, "a ring serves one call at a time"
-        count, tail, array = len(reads), int(self._sq_tail[0]), self._sq_array.data
-        try:
-            for i, (fd, offset, address, length) in enumerate(reads):
-                _SQE_PART.pack_into(self._sqe_bytes, i * _SQE.itemsize, _OP_READ, 0, 0, fd, offset, address, length)
-                array[(tail + i) % self._count] = i
-            self._sq_tail[0] = (tail + count) & _MASK
-            submitted = completed = 0
-            while completed < count:
-                submitted, completed = self._advance(count, completed, count - submitted, count)
-            place, good = int(self._cq_head[0]), True
-            for i in range(place, place + count):
-                row, moved, _ = self._cqes[i % len(self._cqes)].item()
-                good &= moved == reads[row][3]
-            self._cq_head[0] = self._cq_tail[0]
-        except BaseException:
-            self._drain()
-            raise
-        return good
+    def _depth(self) -> int:
+        return max(1, self._queue_depth // self._callers.count)
 
     def _queue(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64) -> int:
         """Lays the transfers out in SQEs 0, 1, ... and names these in the next places of the queue; returns how many."""
         count, tail = len(fds), int(self._sq_tail[0])
         sqes = self._sqes[:count]
         sqes["opcode"] = _OP_WRITE if write else _OP_READ
+        sqes["row"] = self._sq_places[:count]
         sqes["fd"], sqes["offset"], sqes["address"], sqes["length"] = fds, offsets, addresses, lengths
         place = tail % self._count
         self._sq_array[self._sq_places[place : place + count]] = self._sq_places[:count]
@@ -260,18 +241,16 @@ class UringEngine:
     def stream(self, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
         return self._stream(False, fds, offsets, addresses, lengths, step)
 
-    def read_few(self, reads: list[Read]) -> bool:
+    def bring(self, batch: native.Batch, pool: native.Pool, found: native.Found) -> bool:
+        """As Disk.bring, of descriptors."""
         with self._callers:
-            if len(reads) <= self._depth():
-                try:
-                    return self._ring().read_few(reads)
-                except BaseException as error:
-                    self._local.__dict__.clear()
-                    if not isinstance(error, (EngineUnavailable, OSError)):
-                        raise
-                    return False
-        columns = columns_of(reads)
-        return bool((self.transfer(False, *columns) == columns[-1]).all())
+            try:
+                error = native.bring(self._ring().view, batch, pool, found)
+            except EngineUnavailable:
+                return False
+            if error > 0:
+                self._local.__dict__.clear()
+            return error != native.UNALIGNED
 
     def _stream(self, write: bool, fds: I32, offsets: I64, addresses: U64, lengths: I64, step: int) -> Results:
         told = 0
@@ -292,13 +271,10 @@ class UringEngine:
         self._callers.close()
         self._local = threading.local()  # the old one takes the rings of all threads with it
 
-    def _depth(self) -> int:
-        return max(1, self._queue_depth // self._callers.count)
-
     def _ring(self) -> Ring:
         ring: Ring | None = getattr(self._local, "ring", None)
         if ring is None:
-            ring = self._local.ring = Ring(self._depth)
+            ring = self._local.ring = Ring(self._queue_depth, self._callers)
         return ring
 
 

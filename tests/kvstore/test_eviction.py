@@ -59,11 +59,11 @@ def test_the_worked_example() -> None:
     """Used at 0 and 100, or once at 150, with a half-life of 100: the second one goes first; used at 170 it stays."""
     for single_use, victim in ((1.5, 1), (1.7, 0)):
         policy = Lrfu(2)
-        policy._tick = 0.0  # time is set by hand
+        policy.tick = 0.0  # time is set by hand
         policy.admit([0], [10])
-        policy._now = 1.0
+        policy.now = 1.0
         policy.touch(np.array([0]))
-        policy._now = single_use
+        policy.now = single_use
         policy.admit([1], [11])
         assert policy.evict(1, none_pinned(2)) == [victim]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hga_kvd import misses
+from hga_kvd import misses, reads
 from hga_kvd.answers import STATUS_LATE, Fetched
 from hga_kvd.arena import FILLING
 from hga_kvd.config import Settings
@@ -19,6 +19,8 @@ from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.memory import aligned_buffer
 from hga_kvd.testing.oracle import random_keys, records_of
 from hga_kvd.testing.simdisk import SimDisk
+
+pytestmark = pytest.mark.usefixtures("either_way")
 
 MIB = 1 << 20
 WIDE = Geometry(2, 2, 64, "float32")  # records of 8192 bytes, extents of 64 KiB, chunks of 128 KiB
@@ -122,7 +124,7 @@ def test_when_the_call_that_reads_fails_the_other_one_reads_itself(how: str) -> 
     assert not engine._residency.pools[0].slots.pins.any()
 
 
-@pytest.mark.parametrize("count", [8, 100])  # few.py, misses.py
+@pytest.mark.parametrize("count", [8, 100])
 @pytest.mark.parametrize("what", ["parked", "deleted", "truncated", "crowded out"])
 def test_what_becomes_of_a_session_while_it_is_read_harms_neither_the_fetch_nor_the_arena(
     what: str, count: int
@@ -143,7 +145,7 @@ def test_what_becomes_of_a_session_while_it_is_read_harms_neither_the_fetch_nor_
         "crowded out": crowd,
     }[what]
     gone = {"deleted": SessionNotFound, "truncated": StaleEpoch}.get(what)
-    if gone is not None and count > misses.STEP:  # what was left to read is a hole by now
+    if gone is not None and count > reads.STEP:  # what was left to read is a hole by now
         with pytest.raises(gone):
             fetch(engine, session, keys)
     else:

@@ -531,37 +531,6 @@ def test_what_a_stream_has_told_stays_told_when_the_kernel_refuses(
     assert batch.run(uring_engine) == [0] * 100
 
 
-def test_a_few_reads_one_by_one(make_engine: Callable[[int], IoEngine], file: File) -> None:
-    """Often enough that a ring goes round; more than the depth; and past the end of the file, where none is whole."""
-    engine = make_engine(8)
-    for seed in range(300):
-        batch = random_batch(file, 1 + seed % 9, seed)
-        columns = (batch.fds, batch.offsets, batch.addresses, batch.lengths)
-        assert engine.read_few(list(zip(*(column.tolist() for column in columns), strict=True)))
-        batch.assert_read(file)
-    batch = Batch(file.fd, [0, FILE_BLOCKS - 1], [1, 2])
-    columns = (batch.fds, batch.offsets, batch.addresses, batch.lengths)
-    assert not engine.read_few(list(zip(*(column.tolist() for column in columns), strict=True)))
-    assert not engine.read_few([(-1, 0, int(batch.addresses[0]), BLOCK)])
-    assert random_batch(file, 20, 1).run(engine) == [0] * 20
-
-
-def test_a_few_reads_that_the_kernel_refuses_are_not_whole(
-    uring_engine: UringEngine, file: File, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> int:
-        ctypes.set_errno(errno.EBADF)
-        return -1
-
-    batch = random_batch(file, 3, 2)
-    columns = (batch.fds, batch.offsets, batch.addresses, batch.lengths)
-    with monkeypatch.context() as patch:
-        patch.setattr(uring, "_enter", refuse)
-        assert not uring_engine.read_few(list(zip(*(column.tolist() for column in columns), strict=True)))
-    assert batch.run(uring_engine) == [0] * 3
-    batch.assert_read(file)
-
-
 def test_a_thread_takes_its_ring_with_it(uring_engine: UringEngine, file: File) -> None:
     random_batch(file, 1, 0).run(uring_engine)
     before = descriptors()

@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hga_kvd.disk import I32, I64, U64, Read
-from hga_kvd.io_engine import columns_of, transfer_all, whole_or_failed
+from hga_kvd import native
+from hga_kvd.disk import I32, I64, U64
+from hga_kvd.io_engine import transfer_all, whole_or_failed
 from hga_kvd.testing.faults import Fault, Remains
 
 SECTOR_BYTES = 512
@@ -241,8 +242,8 @@ class SimDisk:
             moved = self.transfer(False, handles[part], offsets[part], addresses[part], lengths[part])
             yield whole_or_failed(moved, lengths[part])
 
-    def read_few(self, reads: list[Read]) -> bool:
-        return not any(statuses.any() for statuses in self.stream(*columns_of(reads), len(reads)))
+    def bring(self, handles: I64, batch: native.Batch, pool: native.Pool, found: native.Found) -> bool:
+        return False
 
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         return self._transfer(True, handles, offsets, addresses, lengths)
