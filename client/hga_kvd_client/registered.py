@@ -1,4 +1,5 @@
-"""Host memory that the device reads in place, for as long as somebody holds it. One for all sessions of a landing.
+"""Host memory that the device reads in place, for as long as somebody holds it. One for all sessions of a landing. And the
+way from there to the device's own.
 
 What nobody holds any more is given back at the next registration, never by the garbage collector: giving back waits for
 the device, which may at that moment wait for this thread (decode_step.py).
@@ -29,7 +30,7 @@ class Registered:
 
     def __init__(self, memory: Bytes) -> None:
         self.place, self.memory = memory.ctypes.data, memory
-        # The device's address of it may be another, so it goes to kernels as a tensor, never as a number.
+        # The device's address of it may be another (here it is the same): to kernels it goes as a tensor.
         self.words: Tensor | None = torch.from_numpy(memory[: memory.nbytes // 8 * 8]).view(torch.int64)
         if int(cuda.cudart().cudaHostRegister(self.place, memory.nbytes, 2)):  # 2: mapped
             self.words = None
@@ -51,3 +52,21 @@ class Registered:
     def __del__(self) -> None:
         if self.words is not None:
             self._retired.append(self.memory)
+
+
+class Carrier:
+    """Takes fetched bytes to a device beside what it is doing, as fast as the bus is where it can read the landing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._side = device, cuda.Stream(device)
+        self._landing: Registered | None = None
+
+    def carried(self, records: Tensor, landing: Bytes | None) -> Tensor:
+        """A copy on the device. Returns when the records have been read and may be written over. Between steps only."""
+        if landing is not None:
+            self._landing = Registered.of(landing)
+        with cuda.stream(self._side):
+            copied = records.to(self._device, non_blocking=True)
+        self._side.synchronize()
+        copied.record_stream(torch.cuda.current_stream(self._device))
+        return copied

@@ -27,6 +27,7 @@ from hga_kvd_client.float8 import pack, unpack
 from hga_kvd_client.geometry import Bytes, Keys
 from hga_kvd_client.held import Held
 from hga_kvd_client.keys import check_statuses, extent_keys, token_ranges
+from hga_kvd_client.registered import Carrier
 
 logger = logging.getLogger("hga_kvd_client")
 Answer = TypeVar("Answer")
@@ -34,6 +35,8 @@ Asked = TypeVar("Asked")
 
 # Replacements of the daemon that one call survives before it gives up.
 RECOVERIES_MAX = 3
+# On a GPU a tile is so many times as large: after each, attention of the whole block is merged.
+GPU_TILES = 4
 
 
 class StoredSession:
@@ -52,6 +55,7 @@ class StoredSession:
         self._generation = connection.generation
         self._held = held
         self.rounds = held.geometry.dtype == "float8_e4m3fn"  # to 8 bits, as options.kv_dtype says
+        self._carrier = Carrier(held.device) if held.device.type == "cuda" else None
 
     # Chunks in.
 
@@ -113,14 +117,23 @@ class StoredSession:
     def tiles(self, layer: int, first: int, end: int) -> Iterator[tuple[int, Tensor, Tensor, Fetched]]:
         """K and V of chunks first .. end-1 in tiles: (first chunk, k, v [kv_heads, tile_tokens, head_dim], the fetch).
 
-        Whole extents are read, in storage order. A tile is a copy.
+        Whole extents are read, in storage order. A tile is a copy. The next ones are on their way meanwhile: no other call
+        may be made in between.
         """
-        geometry = self.geometry
-        for start in range(first, end, self._held.options.prefill_tile_chunks):
-            chunks = min(self._held.options.prefill_tile_chunks, end - start)
-            answer = self.fetch(extent_keys(geometry, layer, start, chunks))
-            k, v = self._apart(answer, 1, chunks)[0].flatten(2, 4)
-            yield start, k, v, answer
+        geometry, stats, item_bytes = self.geometry, self._held.stats, self.geometry.extent_bytes
+        most = self.connection.ahead_bytes_max(self._session_id, item_bytes) // item_bytes
+        tile = self._held.options.prefill_tile_chunks * (GPU_TILES if self._carrier else 1)
+        parts = range(first, end, max(1, min(tile, most)))
+        wanted = [extent_keys(geometry, layer, start, min(parts.step, end - start)) for start in parts]
+        with contextlib.closing(self._ahead(self.connection.records, wanted, item_bytes)) as answers:
+            for start, keys in zip(parts, wanted, strict=True):
+                started = time.perf_counter()
+                answer = next(answers)
+                stats.fetch_s += time.perf_counter() - started
+                stats.fetches += 1
+                check_statuses(answer.statuses, keys, geometry.group_tokens)
+                k, v = self._apart(answer, 1, min(parts.step, end - start))[0].flatten(2, 4)
+                yield start, k, v, answer
 
     def all_layers(self, first: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
         """Chunks first .. end-1, whole ones or some layers of one at a time: (first layer, first token, K and V [layers,
@@ -147,16 +160,16 @@ class StoredSession:
         geometry = self.geometry
         shape = (chunks, layers, geometry.kv_heads, geometry.groups_per_chunk, 2, geometry.group_tokens)
         # To the device as they are, and put in order there.
-        tiles = self.as_tensor(answer.records, (*shape, geometry.head_dim)).to(self._held.device)
-        return tiles.permute(1, 4, 2, 0, 3, 5, 6)
+        return self.as_tensor(answer.records, (*shape, geometry.head_dim)).permute(1, 4, 2, 0, 3, 5, 6)
 
     def as_tensor(self, records: Bytes, shape: tuple[int, ...]) -> Tensor:
-        """K and V of fetched bytes, shape: [..., group_tokens, head_dim]. May be a view of them, in this process's memory,
-        and gone with the next fetch."""
+        """K and V of fetched bytes on the session's device, shape: [..., group_tokens, head_dim]. On a CPU a view of them,
+        gone with the next fetch."""
+        codes, carrier = torch.from_numpy(records.reshape(-1)), self._carrier
+        codes = codes.to(self._held.device) if carrier is None else carrier.carried(codes, self.connection.landing)
         if self.rounds:
-            codes = torch.from_numpy(records.reshape(-1)).to(self._held.device)
             return unpack(codes.view(*shape[:-2], -1), self._held.dtype).view(shape)
-        return torch.from_numpy(records.reshape(-1)).view(self._held.dtype).view(shape)
+        return codes.view(self._held.dtype).view(shape)
 
     def summary(self, kind: str, chunk: int) -> bytes | None:
         """The stored summary of one chunk, if it has one."""
