@@ -8,8 +8,10 @@ A disk may answer what was read before from a cache of its host, up to four time
 state. `cold`: bytes that were written and never read; a session of a new store, between two probes, files of as many bytes
 that were written with it, which fio reads once, in sequence. `again`: all of them once more.
 
-A session keeps most of what it reads, and fio nothing. `fresh` is what new memory for that takes by itself, in a process of
-its own: a guest that gives freed memory back to its host waits for each page again.
+A session keeps what it reads, and fio nothing: its 8 MiB are filled over and over. So the limit is measured as well, in a
+process of its own each time: our I/O engine alone, without daemon, client, checksums or copies, reads a probe into `new`
+memory (as much as the session keeps, never touched before) and into memory that was `there`, of both kinds of pages. The
+first is as fast as a session could be that keeps what it reads. `fresh` is such memory alone: written to once.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ import torch
 import typer
 from demo import BUILD
 from hga_kvd.bench.daemon import daemon_on
-from hga_kvd.memory import aligned_buffer
+from hga_kvd.filedisk import FileDisk
+from hga_kvd.memory import address_of, aligned_buffer
+from hga_kvd.uring import UringEngine
 from hga_kvd_client.client import Client
 from hga_kvd_client.connection import Connection
 from hga_kvd_client.geometry import Geometry
@@ -51,6 +55,7 @@ WINDOW_CHUNKS = OPTIONS.sink_chunks + OPTIONS.recent_chunks
 FILL_CHUNKS = 4
 CHUNKS = 1024
 PROBE_BLOCK_BYTES = 8 << 20
+READ_BYTES, READ_DEPTH, READ_ALIGNMENT = 1 << 20, 8, 4096  # of fio and of the raw engine
 
 
 def made_basis() -> Basis:
@@ -122,6 +127,30 @@ def sequential_gbs(path: Path, kind: str) -> float:
     return speed
 
 
+def raw_s(path: Path, kind: str, new: bool) -> float:
+    """Seconds in which our engine reads the file in sequence, 1 MiB a read, into new memory or into memory already there."""
+    command = [sys.executable, __file__, "--raw", str(path), kind, str(int(new))]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def read_raw(path: Path, kind: str, new: bool) -> float:
+    """What raw_s runs in its process."""
+    disk = FileDisk(path.parent, UringEngine(READ_DEPTH), READ_ALIGNMENT)
+    handle = disk.open(path.name)
+    count = disk.size(handle) // READ_BYTES
+    memory = aligned_buffer(count * READ_BYTES, huge=kind == "huge")
+    if not new:
+        memory[::4096] = 1
+    offsets, lengths = np.arange(count) * READ_BYTES, np.full(count, READ_BYTES)
+    addresses = (address_of(memory) + offsets).astype(np.uint64)
+    started = time.perf_counter()
+    statuses = disk.read(np.full(count, handle, np.int32), offsets, addresses, lengths)
+    taken = time.perf_counter() - started
+    assert not statuses.any()
+    disk.shutdown()
+    return taken
+
+
 def fresh_s() -> float:
     """Seconds that a new process takes to write once to as much memory as a session keeps: sketches, basis, window."""
     size = (
@@ -165,6 +194,10 @@ def one_store(directory: Path, repeats: int) -> list[dict[str, Any]]:
         row["session_s"], _ = through_new_daemon(directory, open_session)
         row["fresh_s"] = fresh_s()
         for kind in KINDS_OF_PAGES:
+            for new in (True, False):
+                row[f"raw_{'new' if new else 'there'}_{kind}_gbs"] = (
+                    probes[0].stat().st_size / raw_s(probes[0], kind, new) / 1e9
+                )
             row[f"fio_{kind}_gbs"] = (row[f"fio_{kind}_gbs"] + sequential_gbs(probes[1], kind)) / 2
         rows.append(row)
     for row in rows:
@@ -191,13 +224,21 @@ def main(
     for row in rows:
         for what in ("read", "session"):
             if f"{what}_s" in row:
-                fio = [f"{row[f'{what}_gbs'] / row[key]:.2f} of {row[key]:.2f} ({key})" for key in row if "fio" in key]
-                beside = f"; fresh memory alone {row['fresh_s']:.2f} s" if what == "session" else ""
+                beside = ("fio", "raw_new") if what == "session" else ("fio", "raw_there")
+                fio = [
+                    f"{row[f'{what}_gbs'] / row[key]:.2f} of {row[key]:.2f} ({key})"
+                    for key in row
+                    if key.startswith(beside)
+                ]
+                alone = f"; fresh memory alone {row['fresh_s']:.2f} s" if what == "session" else ""
                 gbs = f"{row[f'{what}_gbs']:.2f} GB/s, {', '.join(fio)}"
-                print(f"{row['state']}: {what} {row[f'{what}_s']:.2f} s, {gbs}{beside}")
+                print(f"{row['state']}: {what} {row[f'{what}_s']:.2f} s, {gbs}{alone}")
     config = {"tokens": CHUNKS * GEOMETRY.chunk_tokens, "router": "sketch"}
     results.append("resume", config, {"stored_bytes": stored, "runs": rows}, BUILD)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    if sys.argv[1:2] == ["--raw"]:
+        print(read_raw(Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "1"))
+    else:
+        typer.run(main)

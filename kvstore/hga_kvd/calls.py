@@ -66,8 +66,10 @@ class Calls:
         wanted: Callable[[], bool],
         epoch: int = 0,
         deadline_us: int = 0,
+        once: bool = False,
     ) -> Fetched:
         """Records into the client's region. wanted: asked once the range is ours. deadline_us: from now on; 0: none.
+        once: as Engine.fetch.
 
         Raises: InvalidRequest, LimitExceeded, SessionNotFound, StaleEpoch, KeyOutOfRange, NotAttached, GivenUp.
         """
@@ -79,7 +81,7 @@ class Calls:
             raise errors.InvalidRequest(f"the shared range has {shared.bytes} bytes; {len(keys)} records take {size}")
         with self.landing.borrow(shared.client_id, shared.offset, size) as destination:
             end = start + deadline_us * 1e-6 if deadline_us else None
-            return self.fetch_in_turns(session_id, shared.client_id, keys, destination, wanted, epoch, start, end)
+            return self.fetch_in_turns(session_id, shared.client_id, keys, destination, wanted, epoch, start, end, once)
 
     def fetch_in_turns(
         self,
@@ -91,6 +93,7 @@ class Calls:
         epoch: int,
         start: float,
         end: float | None,
+        once: bool = False,
     ) -> Fetched:
         """A fetch in parts, each in its turn. start, end: perf_counter, when it began and what it has until.
 
@@ -108,7 +111,7 @@ class Calls:
             with self.turns.turn(tenant, client, len(into), end):
                 if not wanted():
                     raise GivenUp
-                parts.append((len(part), self.engine.fetch(session_id, part, into, epoch, overdue)))
+                parts.append((len(part), self.engine.fetch(session_id, part, into, epoch, overdue, once)))
             first += len(part)
         if self.observe_fetch is not None:
             self.observe_fetch(time.perf_counter() - start)

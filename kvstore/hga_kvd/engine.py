@@ -303,13 +303,15 @@ class Engine:
         destination: U8,
         epoch: int = 0,
         overdue: Callable[[], bool] | None = None,
+        once: bool = False,
     ) -> Fetched:
         """Records of `keys` (KEY_DTYPE) in their order into `destination`, 1-D, len(keys) * record_bytes.
 
         overdue: says when the deadline has passed; what is not read by then is LATE. None: no deadline.
+        once: the caller keeps them; what RAM does not have is read past it.
         Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, LimitExceeded; nothing was written to the destination then.
         """
-        fetched = self._fetch_path.fetch(session_id, keys, destination, epoch, self._clock(), overdue)
+        fetched = self._fetch_path.fetch(session_id, keys, destination, epoch, self._clock(), overdue, once=once)
         self._prefetcher.fetched(session_id, keys)
         return fetched
 

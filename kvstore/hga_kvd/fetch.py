@@ -51,6 +51,7 @@ class FetchPath:
         now: float,
         overdue: Callable[[], bool] | None,
         background: Counters | None = None,
+        once: bool = False,
     ) -> Fetched:
         """As Engine.fetch. now: seconds. background: counts what a prefetch does, which nobody waits for."""
         assert keys.dtype == KEY_DTYPE
@@ -64,17 +65,19 @@ class FetchPath:
             if not count:
                 return Fetched(None, 0, 0)
             session.use(now)
-            found, missing = self._plan(session, pool, keys, foreground)
+            found, missing = self._plan(session, pool, keys, foreground, once)
         return self._fetch(session, epoch, keys, found, missing, destination, overdue, counters, foreground)
 
-    def _plan(self, session: Session, pool: Pool, keys: Keys, foreground: bool) -> tuple[Found, Misses | None]:
+    def _plan(
+        self, session: Session, pool: Pool, keys: Keys, foreground: bool, once: bool = False
+    ) -> tuple[Found, Misses | None]:
         """Under the lock: where the records are, and how those that RAM does not have are to be had. Pins what it names."""
         found, hit_count = hits.find(session, pool, keys)
         if hit_count == len(keys):
             pool.policy.touch(found["slot"])
             return found, None
         pool.policy.touch(found["slot"][found["state"] == VALID])
-        missing = misses.plan(self._residency, self._segments, pool, found)
+        missing = misses.plan(self._residency, self._segments, pool, found, once)
         self.reading += foreground
         return found, missing
 

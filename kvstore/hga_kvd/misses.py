@@ -57,8 +57,8 @@ class Misses:
     lost: I64  # keys of records that are nowhere
 
 
-def plan(residency: Residency, log: SegmentLog | None, pool: Pool, found: Found) -> Misses:
-    """Of what RAM does not have. log: None without a disk."""
+def plan(residency: Residency, log: SegmentLog | None, pool: Pool, found: Found, once: bool) -> Misses:
+    """Of what RAM does not have. log: None without a disk. once: it gets no slots."""
     table, slots, state = pool.table, pool.slots, found["state"]
     rows, layers, records = found["row"], found["layer"], found["record"]
     missing = np.flatnonzero((state != VALID) & (state != FILLING))
@@ -71,7 +71,9 @@ def plan(residency: Residency, log: SegmentLog | None, pool: Pool, found: Found)
     place = (row * pool.geometry.layers + layers[missing]) * slots.records + records[missing]
     keys, copies_to, copies_of = _in_turn(missing, place)
     row, layer, record = rows[keys], layers[keys], records[keys]
-    target, pinned = residency.claim_for_reads(pool, row, layer, record, found["slot"][keys])
+    target, pinned = np.zeros(len(keys), np.int64), keys[:0]
+    if not once:
+        target, pinned = residency.claim_for_reads(pool, row, layer, record, found["slot"][keys])
     segments, handles = log.pin(table.segment[row]) if log else ((), keys)
     offsets = table.offset[row] + layer * slots.stride + record * slots.record_bytes
     seeds = mix(table.uid[row] ^ place_codes(pool.geometry.layers, slots.records)[layer, record])

@@ -243,6 +243,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                 context.is_active,
                 request.epoch,
                 request.deadline_us,
+                request.once,
             )
             return fetch_response(None, fetched)
         start = time.perf_counter()
@@ -257,7 +258,15 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         payload = self._buffer(size)
         end = start + request.deadline_us * 1e-6 if request.deadline_us else None
         fetched = self.calls.fetch_in_turns(
-            request.session_id, client_of(context), keys, payload, context.is_active, request.epoch, start, end
+            request.session_id,
+            client_of(context),
+            keys,
+            payload,
+            context.is_active,
+            request.epoch,
+            start,
+            end,
+            request.once,
         )
         return fetch_response(payload, fetched)
 

@@ -209,3 +209,25 @@ def test_any_order_of_keys_is_brought_in_that_order(geometry: Geometry, ram: int
         assert fetched.ram_records + fetched.nvme_records == size
         assert (found == records_of(geometry, chunks, keys)).all()
     assert not engine._residency.pools[0].slots.pins.any()
+
+
+@pytest.mark.parametrize("skew", [0, 8])
+def test_what_is_fetched_once_is_read_past_the_arena(skew: int) -> None:
+    disk, engine, session, chunks = on_disk()
+    fetch(engine, session, KEY)
+    used, table = engine.stats().ram_bytes_used, engine._residency.pools[0].table
+    keys = np.array(
+        [*KEY.tolist(), *((group, head, layer) for layer in (0, 1) for group in (9, 8, 8) for head in (0, 1))],
+        KEY_DTYPE,
+    )
+    disk.flip("segment-00000001.kvs", int(table.offset[1 + 2]) + 7)  # group 8 is the first of chunk 2
+    destination = aligned_buffer(len(keys) * 8192 + skew)[skew:]
+    fetched = engine.fetch(session, keys, destination, once=True)
+    assert fetched.statuses is not None
+    bad = (keys["group"] == 8) & (keys["kv_head"] == 0) & (keys["layer"] == 0)
+    assert (fetched.statuses != 0).tolist() == bad.tolist()
+    found = destination.reshape(len(keys), -1)
+    assert (found == records_of(WIDE, chunks, keys))[~bad].all()
+    assert (fetched.ram_records, fetched.nvme_records) == (1, len(keys) - 1 - int(bad.sum()))
+    assert engine.stats().ram_bytes_used == used
+    assert not engine._residency.pools[0].slots.pins.any()

@@ -195,18 +195,20 @@ class AppendResponse(_message.Message):
     def __init__(self, chunk_count: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "keys", "shared", "epoch", "deadline_us")
+    __slots__ = ("session_id", "keys", "shared", "epoch", "deadline_us", "once")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_US_FIELD_NUMBER: _ClassVar[int]
+    ONCE_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     keys: bytes
     shared: SharedRange
     epoch: int
     deadline_us: int
-    def __init__(self, session_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ..., epoch: _Optional[int] = ..., deadline_us: _Optional[int] = ...) -> None: ...
+    once: bool
+    def __init__(self, session_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., shared: _Optional[_Union[SharedRange, _Mapping]] = ..., epoch: _Optional[int] = ..., deadline_us: _Optional[int] = ..., once: bool = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("payload", "statuses", "ram_records", "nvme_records")
