@@ -36,11 +36,12 @@ class Block:
         self._sessions = sessions
         self._starts = starts
         self._columns = columns
-        self.layer = -1  # the last one appended
+        self.layer = self.attended = -1  # the last ones
         self.failed: int | None = None  # the row whose session refused
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v: [batch, kv_heads, columns, head_dim]."""
+        self.check_attended()
         if k.shape[0] != len(self._sessions) or k.shape[2] != self._columns or layer != self.layer + 1:
             raise CallRefused(
                 f"layer {layer} appends K of shape {tuple(k.shape)} after layer {self.layer}; expected layers in "
@@ -54,6 +55,7 @@ class Block:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         layer = getattr(module, "layer_idx", self.layer)
         assert layer == self.layer, f"attention of layer {layer} after K/V of layer {self.layer}"
+        self.attended = layer
         if len(self._sessions) == 1 and not self._starts[0]:
             with self._blamed(0):
                 return self._sessions[0].attend(layer, query[0], scaling).unsqueeze(0)
@@ -62,6 +64,14 @@ class Block:
             with self._blamed(row):
                 out[row, :, start:] = session.attend(layer, query[row, :, start:], scaling)
         return out
+
+    def check_attended(self) -> None:
+        """Raises: CallRefused if the last layer's attention went another way, and so saw only this block."""
+        if self.attended != self.layer:
+            raise CallRefused(
+                f"layer {self.layer} did not attend through hga-kvd: the attention implementation of a patched model was "
+                "changed (set_attn_implementation); unpatch the model first"
+            )
 
     def _rows(self) -> Iterator[tuple[int, Session, int]]:
         """Row, session and first column of the sequences that have tokens in this block."""
@@ -199,6 +209,7 @@ class HgaCache(Cache):
         self._held.block = block = Block(sessions, starts, columns)
         try:
             yield block
+            block.check_attended()
             if block.layer != len(self.layers) - 1:
                 raise CallRefused(f"only {block.layer + 1} of {len(self.layers)} layers appended their K/V")
         except BaseException:

@@ -64,13 +64,15 @@ def examine(model: PreTrainedModel) -> ModelFacts:
     decoder.config._attn_implementation = NAME
     try:
         rotated = _run_probe(decoder, layers, len(_PROBE_POSITIONS), torch.tensor(_PROBE_POSITIONS)[:, None])
+        k = rotated.seen[0].k
+        if k.dtype not in DTYPES:
+            raise ModelRefused(
+                f"{type(decoder).__name__} cannot be patched: its K is {k.dtype}; sessions hold {', '.join(DTYPES.values())}"
+            )
         _check_rotation(rotated, rope)
         _check_attention(_run_probe(decoder, layers, 1, torch.arange(_PROBE_TOKENS)[None]))
     finally:
         decoder.config._attn_implementation = before
-    k = rotated.seen[0].k
-    if k.dtype not in DTYPES:
-        raise ModelRefused(f"K is {k.dtype}; sessions hold {', '.join(DTYPES.values())}")
     return ModelFacts(decoder, layers, k.shape[1], k.shape[3], k.dtype, parameter.device, rope)
 
 
@@ -79,7 +81,10 @@ def examine(model: PreTrainedModel) -> ModelFacts:
 
 def _refuse_by_config(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise ModelRefused(f"{type(model).__name__} is not a transformers PreTrainedModel")
+        raise ModelRefused(
+            f"{type(model).__name__} is not a transformers PreTrainedModel: if it wraps one, patch what is inside "
+            "(_orig_mod of torch.compile, get_base_model() of peft)"
+        )
     config = model.config
 
     def has(name: str) -> Any:
@@ -112,6 +117,10 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
         (has("alibi"), "its positions are ALiBi biases; only RoPE is supported"),
         (has("is_causal") is False, "its attention is not causal"),
         (
+            checkpoints(model),
+            "gradient checkpointing in training mode keeps no K and V: call model.eval()",
+        ),
+        (
             len(set(getattr(model, "hf_device_map", {}).values())) > 1,
             "it is spread over several devices, and a session lives on one",
         ),
@@ -128,6 +137,11 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
     for found, reason in reasons:
         if found:
             raise ModelRefused(f"{type(model).__name__} cannot be patched: {reason}")
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether its layers run twice in training, and so without a cache."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:

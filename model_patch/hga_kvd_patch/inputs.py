@@ -25,12 +25,14 @@ _PER_COLUMN = ("last_hidden_state", "hidden_states")
 class Input:
     """One call: ids [batch, columns] or embeds [batch, columns, dim].
 
-    starts: the first column of each sequence that is a token and not padding, or the number of columns.
+    starts: the first column of each sequence that is a token and not padding, or the number of columns. before: tokens of
+    each that the mask shows in the columns before; None: all that there are.
     """
 
     ids: Tensor | None
     embeds: Tensor | None
     starts: tuple[int, ...]
+    before: tuple[int, ...] | None = None
 
     @property
     def columns(self) -> int:
@@ -49,6 +51,7 @@ class Input:
             None if self.ids is None else self.ids[chosen],
             None if self.embeds is None else self.embeds[chosen],
             tuple(self.starts[row] for row in chosen),
+            None if self.before is None else tuple(self.before[row] for row in chosen),
         )
 
 
@@ -71,6 +74,7 @@ def read_input(arguments: dict[str, Any], columns_before: int) -> Input:
         raise CallRefused("give exactly one of input_ids and inputs_embeds")
     batch, columns = (embeds if ids is None else ids).shape[:2]
     mask = arguments.pop("attention_mask", None)
+    arguments.pop("cache_position", None)  # what older versions pass: columns, and those are counted here
     if mask is None:
         return Input(ids, embeds, (0,) * batch)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -80,15 +84,21 @@ def read_input(arguments: dict[str, Any], columns_before: int) -> Input:
             f"attention_mask is {tuple(mask.shape)}; it must cover everything in the cache and the new tokens, "
             f"{(batch, columns_before + columns)}"
         )
-    new = mask[:, columns_before:].bool().cpu()
-    if not bool(new[:, -1].all()) or bool((new[:, 1:] < new[:, :-1]).any()):
+    shown = mask.bool().cpu()
+    before, new = shown[:, :columns_before], shown[:, columns_before:]
+    if not bool(new[:, -1].all()) or any(bool((part[:, 1:] < part[:, :-1]).any()) for part in (before, new)):
         raise CallRefused("attention_mask has padding after tokens: pad on the left (tokenizer.padding_side = 'left')")
-    return Input(ids, embeds, tuple((columns - new.sum(1)).tolist()))
+    return Input(ids, embeds, tuple((columns - new.sum(1)).tolist()), tuple(before.sum(1).tolist()))
 
 
 def positions(given: Input, tokens_before: list[int], position_ids: Any, device: torch.device) -> Tensor:
     """Positions of all columns, [batch, columns]: each sequence counts its tokens from 0. Raises: CallRefused if the
-    caller says otherwise, because keys in a session must be one unbroken run."""
+    caller says otherwise, because keys in a session must be one unbroken run, all of which is seen."""
+    if given.before is not None and list(given.before) != tokens_before:
+        raise CallRefused(
+            f"attention_mask shows {list(given.before)} tokens in the cache, which holds {tokens_before}: what was given "
+            "once cannot be hidden later; crop the cache, or begin a new one"
+        )
     if any(start and before for start, before in zip(given.starts, tokens_before, strict=True)):
         raise CallRefused("attention_mask has padding between tokens; only padding before the first token is supported")
     starts = torch.tensor(given.starts, device=device)[:, None]

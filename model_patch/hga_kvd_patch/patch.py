@@ -36,7 +36,7 @@ from hga_kvd_patch.errors import (
     NotPatched,
     PatchError,
 )
-from hga_kvd_patch.examine import DTYPES, ModelFacts, examine
+from hga_kvd_patch.examine import DTYPES, ModelFacts, checkpoints, examine
 from hga_kvd_patch.feeding import Feeding
 from hga_kvd_patch.fingerprint import model_fingerprint
 from hga_kvd_patch.inputs import Input, blocks, merge, pick_rows, positions, read_input, same_rows
@@ -151,6 +151,7 @@ class Patched:
         if self._prepare is not None:
             self._put(model, _PREPARE, _like(self._prepare, self._prepare_cache))
         self._put(decoder, _MARK, self)
+        self._put(decoder, "__deepcopy__", _refuse_copy)
 
     def _put(self, module: PreTrainedModel, name: str, value: Any) -> None:
         """On the instance only, past nn.Module's own bookkeeping."""
@@ -188,6 +189,10 @@ class Patched:
                     f"cache_implementation={generation_config.cache_implementation!r} asks for a cache in this "
                     "process; a patched model keeps K/V in the daemon: leave it out, or unpatch the model"
                 )
+            if generation_config.assistant_early_exit is not None:
+                raise CallRefused(
+                    "assistant_early_exit runs a part of the layers, and K/V are kept of all: leave it out"
+                )
         if makes:
             cache = model_kwargs[CACHE] = self.new_cache(self.session)
         if isinstance(cache, HgaCache) and generation_mode == GenerationMode.ASSISTED_GENERATION:
@@ -211,6 +216,8 @@ class Patched:
         if not isinstance(cache, HgaCache):
             return self._forward(*args, **kwargs)
         _refuse_gradients()
+        if checkpoints(self.decoder):
+            raise CallRefused("gradient checkpointing in training mode keeps no K and V: call model.eval()")
         if cache.owner is not self:
             raise CacheRefused("this HgaCache was made by another patched model, or by an earlier patch of this one")
         with self._sessions.call():
@@ -223,7 +230,22 @@ class Patched:
         given = read_input(arguments, cache.get_seq_length())
         if cache.name is not None and given.ids is None:
             raise CallRefused(f"session {cache.name!r} can only be taken up again by its token ids: give input_ids")
-        fresh = cache.get_seq_length() == 0
+        before = cache.get_seq_length()
+        try:
+            merged = self._feed(cache, given, before == 0, arguments)
+        except BaseException as error:
+            if cache.get_seq_length() != before:
+                cache.give_up(error)
+            elif not before:
+                cache.reset()  # its sessions were opened for this input, and the next one may be another
+            raise
+        merged[CACHE] = cache
+        if not (self.decoder.config.return_dict if return_dict is None else return_dict):
+            return merged.to_tuple()
+        return merged
+
+    def _feed(self, cache: HgaCache, given: Input, fresh: bool, arguments: dict[str, Any]) -> Any:
+        """Opens the sessions, and runs what they lack through the layers. fresh: the cache has no columns yet."""
         position_ids = arguments.pop("position_ids", None)
         others = any(isinstance(value, Tensor) for value in arguments.values())
         repeated = same_rows(given) if fresh and not cache.sessions and not others else None
@@ -249,21 +271,13 @@ class Patched:
                 fed_from[row] -= 1
         cache.skip(skipped)
         outputs: list[Any] = []
-        try:
-            for first, end in spans:
-                starts = [min(max(column - first, 0), end - first) for column in fed_from]
-                outputs.append(self._feeding.block(cache, given, starts, places, (first, end), arguments))
-            merged = merge(outputs, skipped, [end if held else 0 for end, held in zip(fed_from, stored, strict=True)])
-            if repeated:
-                pick_rows(merged, repeated[1])
-                cache.rearrange(repeated[1])
-        except BaseException as error:
-            if outputs or skipped:
-                cache.give_up(error)
-            raise
-        merged[CACHE] = cache
-        if not (self.decoder.config.return_dict if return_dict is None else return_dict):
-            return merged.to_tuple()
+        for first, end in spans:
+            starts = [min(max(column - first, 0), end - first) for column in fed_from]
+            outputs.append(self._feeding.block(cache, given, starts, places, (first, end), arguments))
+        merged = merge(outputs, skipped, [end if held else 0 for end, held in zip(fed_from, stored, strict=True)])
+        if repeated:
+            pick_rows(merged, repeated[1])
+            cache.rearrange(repeated[1])
         return merged
 
 
@@ -345,7 +359,8 @@ def patched(model: PreTrainedModel, target: str | Client | None = None, **argume
     try:
         yield state
     finally:
-        state._remove()
+        if _patched_of(model) is state:
+            state._remove()
 
 
 def _patched_of(model: PreTrainedModel) -> Patched | None:
@@ -361,13 +376,19 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def _like(original: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    """own, with the name and the signature of original: transformers inspects both."""
+    """own, with the name and the signature of original: transformers inspects both. What asks the daemon is not compiled."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs)
 
-    return call
+    return call  # type: ignore[no-any-return]
+
+
+def _refuse_copy(memo: object) -> None:
+    """In the place of __deepcopy__: the copy would run the original's weights, by the original's sessions."""
+    raise PatchError("a patched model cannot be copied: unpatch it first")
 
 
 def _refuse_gradients() -> None:
