@@ -27,10 +27,12 @@ part() { # NAME SECONDS COMMAND...
 }
 
 : >"$out/summary"
-part tests "${TESTS_S:-150}" "$python" -m pytest -m gpu -ra -p no:cacheprovider tests
+# Most of a GPU test is compilation: files beside each other take half the time.
+tests=(-m pytest -n "${TEST_JOBS:-8}" -ra -p no:cacheprovider -p no:benchmark)
+part tests "${TESTS_S:-120}" "$python" "${tests[@]}" -m gpu tests
 part decode "${DECODE_S:-190}" "$python" bench/decode_gpu.py --record --steps 60 --json "$out/decode.json"
 part prefill "${PREFILL_S:-50}" "$python" bench/prefill_gpu.py --record
-part kernels "${KERNELS_S:-110}" "$python" -m pytest -ra -p no:cacheprovider tests/client/test_kernels.py tests/client/test_decode_step.py
+part kernels "${KERNELS_S:-80}" "$python" "${tests[@]}" tests/client/test_kernels.py tests/client/test_decode_step.py
 part clients "${CLIENTS_S:-50}" "$python" bench/clients.py
 echo "== in $out:"
 cat "$out/summary"

@@ -367,12 +367,13 @@ class Connection:
         return in_order(link, [partial(begin_summaries, link, session_id, *each, epoch) for each in wanted], item_bytes)
 
     def records(
-        self, session_id: int, wanted: Sequence[Keys], item_bytes: int, epoch: int = 0
+        self, session_id: int, wanted: Sequence[Keys], item_bytes: int, epoch: int = 0, once: bool = True
     ) -> Generator[Fetched, None, None]:
-        """As fetch, for each of these keys: of at most ahead_bytes_max, in items that are never cut."""
+        """As fetch, for each of these keys: of at most ahead_bytes_max, in items that are never cut. once: the caller keeps
+        them, and the daemon's RAM need not."""
         self._free_landing()
         link, record_bytes = self._link, self._limits_of(session_id).geometry.record_bytes
-        asks = [partial(begin_fetch, link, session_id, keys, record_bytes, epoch) for keys in wanted]
+        asks = [partial(begin_fetch, link, session_id, keys, record_bytes, epoch, once) for keys in wanted]
         return in_order(link, asks, item_bytes)
 
     def _free_landing(self) -> None:

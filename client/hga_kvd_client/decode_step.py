@@ -444,7 +444,7 @@ class DecodeStep:
         if isinstance(state, SketchState):
             capacity = state.records.shape[1] * state.spec.groups_per_chunk
             if self._mass.numel() != kv_heads * capacity:
-                rows = -(-capacity // sketch_kernels.BLOCK_GROUPS)
+                rows = sketch_kernels.lse_rows(capacity, kv_heads)
                 self._log_mass = torch.empty(kv_heads, capacity, ratio, device=self._device)
                 self._mass = torch.empty(kv_heads, capacity, device=self._device)
                 self._group_lse = torch.empty(rows, kv_heads * ratio, device=self._device)

@@ -93,10 +93,10 @@ def _summaries_request(
 
 
 def begin_fetch(
-    link: Link, session_id: int, keys: Keys, record_bytes: int, epoch: int, slot: Slot | None
+    link: Link, session_id: int, keys: Keys, record_bytes: int, epoch: int, once: bool, slot: Slot | None
 ) -> Callable[[], Fetched]:
-    """One fetch of what the caller keeps, into this slot or a message, where it must fit. As begin_summaries."""
-    request = kvd_pb2.FetchRequest(session_id=session_id, keys=keys.tobytes(), epoch=epoch, once=True)
+    """One fetch into this slot or a message, where it must fit. As begin_summaries."""
+    request = kvd_pb2.FetchRequest(session_id=session_id, keys=keys.tobytes(), epoch=epoch, once=once)
     _name_slot(request, link.region, slot)
     region, finish = link.region, link.begin("Fetch", request)
 

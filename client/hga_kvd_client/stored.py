@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -125,7 +126,8 @@ class StoredSession:
         tile = self._held.options.prefill_tile_chunks * (GPU_TILES if self._carrier else 1)
         parts = range(first, end, max(1, min(tile, most)))
         wanted = [extent_keys(geometry, layer, start, min(parts.step, end - start)) for start in parts]
-        with contextlib.closing(self._ahead(self.connection.records, wanted, item_bytes)) as answers:
+        records = partial(self.connection.records, once=False)  # the next block reads them again
+        with contextlib.closing(self._ahead(records, wanted, item_bytes)) as answers:
             for start, keys in zip(parts, wanted, strict=True):
                 started = time.perf_counter()
                 answer = next(answers)

@@ -51,6 +51,7 @@ class FakeConnection:
         self._page_chunks = page_chunks
         self.landing = self.reader = None
         self.fetched_keys = []  # one array a fetch
+        self.kept = []  # whether the caller keeps it, of each that was read ahead
         self.damaged = set()  # (layer, kv_head, group)
         self.fail_next = None  # raised by the next call
 
@@ -178,8 +179,9 @@ class FakeConnection:
             count, page = self.get_summaries(session_id, *each, epoch)
             yield count, np.frombuffer(bytearray(page), np.uint8)
 
-    def records(self, session_id, wanted, item_bytes, epoch=0):
+    def records(self, session_id, wanted, item_bytes, epoch=0, once=True):
         for keys in wanted:
+            self.kept.append(once)
             assert keys.size * self._session(session_id)["geometry"].record_bytes <= self.ahead_bytes_max(0, item_bytes)
             yield self.fetch(session_id, keys, epoch)
 

@@ -411,6 +411,8 @@ def test_keys_of_a_prefill_tile_are_in_storage_order():
     assert keys.dtype == KEY_DTYPE
     assert keys["group"].tolist() == [c * 4 + g for c in range(1, 8) for _ in range(KV_HEADS) for g in range(4)]
     assert keys["kv_head"].tolist() == [h for _ in range(7) for h in range(KV_HEADS) for _ in range(4)]
+    assert connection.kept
+    assert not any(connection.kept), "the next block reads them again"
 
 
 def test_a_block_that_was_cut_short_is_dropped_and_made_again():

@@ -20,7 +20,8 @@ from hga_kvd_client.sketch import SketchSpec
 # Groups that a program scores at a time: 64 are 16 chunks, 256 blocks a layer at 64 K tokens and 4 KV heads. Programs beyond
 # two on each multiprocessor of an H100 take several blocks instead, and load the next one while they score: 22.9 us for 24.4
 # at 256 K tokens. A limit of registers, for more programs at once, made them slower.
-BLOCK_GROUPS, PROGRAMS, STAGES = 64, 264, 2
+BLOCK_GROUPS, PROGRAMS = 64, 264
+AHEAD_BYTES_MAX = 48 << 10  # of codes of one block that are loaded ahead: shared memory
 WARPS = 4
 # A product has 8 columns at least; those beyond the query heads are masked.
 ROWS_MIN = 8
@@ -70,7 +71,7 @@ def _log_mass(
     words,  # the same as int32
     control,
     out,  # [kv_heads, capacity, ratio]
-    lse,  # [blocks, heads]
+    lse,  # [programs, heads]
     capacity,
     head_bytes,  # of all records of a KV head
     RATIO: tl.constexpr,
@@ -102,12 +103,9 @@ def _log_mass(
     first = tl.load(control + FIRST_GROUP).to(tl.int32)
     each = tl.arange(0, ROWS)
     live = each < RATIO
-    to_lse = lse + head * RATIO + each
     blocks = tl.minimum(tl.maximum(tl.cdiv(count, BLOCK) - first_block, 0), BLOCKS)
-    for empty in tl.static_range(BLOCKS):
-        block = first_block + empty
-        nothing = live & (each < tl.where((block * BLOCK >= count) & (block * BLOCK < capacity), ROWS, 0))
-        tl.store(to_lse + block * kv_heads * RATIO, tl.full((ROWS,), float("-inf"), tl.float32), mask=nothing)
+    highest = tl.full((ROWS,), -1e30, tl.float32)
+    stored = tl.zeros((ROWS,), tl.float32)
 
     # Queries; masses are powers of 2 in here.
     dim = tl.arange(0, BLOCK_D)
@@ -198,10 +196,21 @@ def _log_mass(
         seen = inside[:, None] & live[None, :]
         tl.store(out + (head.to(tl.int64) * capacity + group)[:, None] * RATIO + each[None, :], result, mask=seen)
         result = tl.where(seen, result, -1e30)
-        highest = tl.max(result, 0)
-        total_of_all = highest + tl.log(tl.sum(tl.exp(result - highest[None, :]), 0))
-        some = live & (each < tl.where(start < count, ROWS, 0))
-        tl.store(to_lse + block * kv_heads * RATIO, total_of_all, mask=some)
+        higher = tl.maximum(highest, tl.max(result, 0))
+        stored = stored * tl.exp(highest - higher) + tl.sum(tl.exp(result - higher[None, :]), 0)
+        highest = higher
+    some = tl.where(first_block * BLOCK < count, highest + tl.log(stored), float("-inf"))
+    tl.store(lse + (part * kv_heads + head) * RATIO + each, some, mask=live)
+
+
+def lse_rows(capacity: int, kv_heads: int) -> int:
+    """Programs a KV head, each with a row of `lse`, for so many groups."""
+    blocks = triton.cdiv(capacity, BLOCK_GROUPS)
+    return int(triton.cdiv(blocks, _blocks_each(blocks * kv_heads)))
+
+
+def _blocks_each(blocks: int) -> int:
+    return int(triton.next_power_of_2(triton.cdiv(blocks, PROGRAMS)))
 
 
 def log_mass(
@@ -210,8 +219,8 @@ def log_mass(
     """Log-masses of control[GROUPS] groups from group control[FIRST_GROUP], the start of a chunk, on.
 
     z: [kv_heads, ratio, head_dim], from `take`; centre: [kv_heads, head_dim]; records: uint8 [kv_heads, chunks,
-    chunk_bytes]; out: [kv_heads, capacity, ratio]; lse: [rows, kv_heads * ratio], the logsumexp of each BLOCK_GROUPS
-    groups, -inf for none, rows for the whole capacity. All but records float32 and contiguous.
+    chunk_bytes]; out: [kv_heads, capacity, ratio]; lse: [lse_rows(capacity, kv_heads), kv_heads * ratio], the logsumexp of
+    equal runs of groups, -inf for none. All but records float32 and contiguous.
     """
     kv_heads, ratio, dim = z.shape
     capacity = out.shape[1]
@@ -226,15 +235,16 @@ def log_mass(
     assert spec.group_tokens == GROUP_TOKENS
     assert centre.shape == (kv_heads, dim)
     assert out.shape == (kv_heads, capacity, ratio)
-    assert lse.shape == (triton.cdiv(capacity, BLOCK_GROUPS), kv_heads * ratio)
-    blocks = triton.next_power_of_2(triton.cdiv(lse.shape[0] * kv_heads, PROGRAMS))
-    _log_mass[(triton.cdiv(lse.shape[0], blocks), kv_heads)](
+    assert lse.shape == (lse_rows(capacity, kv_heads), kv_heads * ratio)
+    blocks = _blocks_each(triton.cdiv(capacity, BLOCK_GROUPS) * kv_heads)
+    _log_mass[(lse.shape[0], kv_heads)](
         z, centre, records, records.view(torch.int32), control, out, lse, capacity, records.stride(0),
         RATIO=ratio, ROWS=max(ROWS_MIN, triton.next_power_of_2(ratio)), DIM=dim, BLOCK_D=_block(dim),
         DIMS4=spec.dims4, BLOCK_4=_block(spec.dims4), DIMS2=spec.dims2, BLOCK_2=_block(spec.dims2),
         PER_CHUNK=spec.groups_per_chunk, PER_BLOCK=spec.groups_per_chunk // spec.blocks, GROUP_BYTES=spec.group_bytes,
         MEAN=spec.mean_offset, STEPS=spec.step_offset, CHUNK_BYTES=spec.chunk_bytes, BLOCK=BLOCK_GROUPS,
-        BLOCKS=blocks, STAGES=STAGES if blocks > 1 else 1, GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP,
+        BLOCKS=blocks, STAGES=2 if blocks > 1 and BLOCK_GROUPS * spec.group_bytes <= AHEAD_BYTES_MAX else 1,
+        GROUPS=GROUPS, FIRST_GROUP=FIRST_GROUP,
         NATIVE_FP8=has_fp8(z.device), INTERPRETED=not z.is_cuda, num_warps=WARPS,
     )  # fmt: skip
 
@@ -251,5 +261,6 @@ def log_mass_twin(
     found = sketch.log_mass(spec, z, (z * centre[:, None]).sum(2), records[:, chunks])
     out[:, :count] = found.transpose(1, 2)
     lse.fill_(-torch.inf)
-    for block in range((count + BLOCK_GROUPS - 1) // BLOCK_GROUPS):
-        lse[block] = found[:, :, block * BLOCK_GROUPS : (block + 1) * BLOCK_GROUPS].logsumexp(2).flatten()
+    run = BLOCK_GROUPS * _blocks_each(triton.cdiv(out.shape[1], BLOCK_GROUPS) * z.shape[0])
+    for row in range((count + run - 1) // run):
+        lse[row] = found[:, :, row * run : (row + 1) * run].logsumexp(2).flatten()
