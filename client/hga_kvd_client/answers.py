@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from hga_kvd_proto.v1 import kvd_pb2
 
@@ -44,8 +44,7 @@ class SessionInfo:
     ttl_s: int = 0
 
 
-@dataclass(frozen=True)
-class Fetched:
+class Fetched(NamedTuple):
     """records: [keys, record_bytes], a view that is valid until the next fetch. statuses: a byte a key, None: all are
     OK.
 

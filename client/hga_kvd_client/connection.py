@@ -278,8 +278,9 @@ class Connection:
 
         Raises: SessionNotFound, StaleEpoch, KeyOutOfRange, DeadlineExceeded.
         """
-        self._free_landing()
-        link, limits = self._link, self._limits_of(session_id)
+        if self.reader is not None:
+            self._free_landing()
+        link, limits = self._link, self._limits.get(session_id) or self._limits_of(session_id)
         region = link.region
         if region is not None and region.lane is not None and not region.busy:
             # A lane notices the end of its daemon itself; asking the socket first would cost half of a small fetch.

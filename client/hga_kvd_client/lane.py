@@ -84,12 +84,14 @@ class Lane:
         layout.REQUEST.pack_into(memory, at, sequence, verb, len(body), *fields)
         self._posted = sequence + 1
         self._seen(self._end.exchange(sequence + 1, self._completed, timeout_s), timeout_s)
-        self._wait(sequence, timeout_s)
+        if self._completed <= sequence:
+            self._wait(sequence, timeout_s)
         at = layout.completion_at(sequence)
         said, code, body_bytes, chunk_count, ram_records, nvme_records = layout.COMPLETION.unpack_from(memory, at)
         assert said == sequence, "the daemon answered another request"
         at += layout.HEADER_BYTES
-        return Completion(code, chunk_count, ram_records, nvme_records, bytes(memory[at : at + body_bytes]))
+        body = bytes(memory[at : at + body_bytes]) if body_bytes else b""
+        return Completion(code, chunk_count, ram_records, nvme_records, body)
 
     def _wait(self, sequence: int, timeout_s: float) -> None:
         """Returns when this request was answered."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,13 @@ class Limits:
     message_bytes_max: int
     fetch_keys_max: int
 
+    @cached_property
+    def record_bytes(self) -> int:
+        return self.geometry.record_bytes
+
     @property
     def fetch_bytes_max(self) -> int:
-        return self.fetch_keys_max * self.geometry.record_bytes
+        return self.fetch_keys_max * self.record_bytes
 
 
 def append_once(link: Link, limits: Limits, header: kvd_pb2.AppendHeader, payload: Bytes) -> int:
@@ -126,7 +131,7 @@ def _landed(region: Region | None, slot: Slot | None, answer: Any, size: int) ->
 
 def fetch_records_max(link: Link, limits: Limits) -> int:
     """Records that one answer takes."""
-    region, record_bytes = link.region, limits.geometry.record_bytes
+    region, record_bytes = link.region, limits.record_bytes
     if region is None or record_bytes > region.fetch_part.nbytes:
         return max(1, min(limits.fetch_keys_max, limits.message_bytes_max // record_bytes))
     most = min(limits.fetch_keys_max, len(region.records(record_bytes)))
@@ -135,41 +140,50 @@ def fetch_records_max(link: Link, limits: Limits) -> int:
 
 def fetch_once(link: Link, limits: Limits, session_id: int, keys: Keys, epoch: int, deadline_us: int) -> Fetched:
     """One fetch, in parts where one answer would be too large. Raises: as Connection's."""
-    most = fetch_records_max(link, limits)
-    if len(keys) <= most:
-        return _fetch_part(link, limits, session_id, keys, epoch, deadline_us)
-    records = np.empty((len(keys), limits.geometry.record_bytes), np.uint8)
+    record_bytes, count = limits.record_bytes, len(keys)
+    if not count:
+        return Fetched(np.empty((0, record_bytes), np.uint8), None, 0, 0)
+    most, region = fetch_records_max(link, limits), link.region
+    by_lane = region is not None and region.lane is not None and record_bytes <= region.fetch_part.nbytes
+    part = _fetch_by_lane if by_lane else _fetch_by_grpc
+    if count <= most:
+        return part(link, session_id, keys, record_bytes, epoch, deadline_us)
+    records = np.empty((count, record_bytes), np.uint8)
     statuses: Bytes | None = None
     ram_records = nvme_records = 0
-    for start in range(0, len(keys), most):
-        part = _fetch_part(link, limits, session_id, keys[start : start + most], epoch, deadline_us)
-        records[start : start + most] = part.records
-        if part.statuses is not None:
-            statuses = np.zeros(len(keys), np.uint8) if statuses is None else statuses
-            statuses[start : start + most] = part.statuses
-        ram_records += part.ram_records
-        nvme_records += part.nvme_records
+    for start in range(0, count, most):
+        found = part(link, session_id, keys[start : start + most], record_bytes, epoch, deadline_us)
+        records[start : start + most] = found.records
+        if found.statuses is not None:
+            statuses = np.zeros(count, np.uint8) if statuses is None else statuses
+            statuses[start : start + most] = found.statuses
+        ram_records += found.ram_records
+        nvme_records += found.nvme_records
     return Fetched(records, statuses, ram_records, nvme_records)
 
 
-def _fetch_part(link: Link, limits: Limits, session_id: int, keys: Keys, epoch: int, deadline_us: int) -> Fetched:
-    """What one answer takes: records in the landing, gone with the next call, or as they came in the message."""
-    record_bytes, count, region = limits.geometry.record_bytes, len(keys), link.region
-    size, packed = count * record_bytes, keys.tobytes()
-    if region is not None and record_bytes > region.fetch_part.nbytes:
-        region = None
-    if not count:
-        return Fetched(np.empty((0, record_bytes), np.uint8), None, 0, 0)
-    if region is not None and region.lane is not None:
-        fields = (session_id, epoch, 0, size, 0, 0, deadline_us)
-        answer: Any = link.ask_lane(region, "Fetch", layout.FETCH, packed, *fields)
-        found, records = answer.body, region.records(record_bytes)[:count]
-    else:
-        request = kvd_pb2.FetchRequest(session_id=session_id, keys=packed, epoch=epoch, deadline_us=deadline_us)
-        if region is not None:
-            request.shared.client_id = region.client_id
-            request.shared.bytes = size
-        answer = link.ask("Fetch", request)
-        found, records = answer.statuses, _landed(region, (0, size), answer, size).reshape(count, record_bytes)
+# What one answer takes: records in the landing, gone with the next call, or as they came in the message.
+
+
+def _fetch_by_lane(link: Link, session_id: int, keys: Keys, record_bytes: int, epoch: int, deadline_us: int) -> Fetched:
+    region, count = link.region, len(keys)
+    assert region is not None
+    fields = (session_id, epoch, 0, count * record_bytes, 0, 0, deadline_us)
+    _, _, ram_records, nvme_records, found = link.ask_lane(region, "Fetch", layout.FETCH, keys.tobytes(), *fields)
     statuses = np.frombuffer(found, np.uint8) if found else None
+    return Fetched(region.records(record_bytes)[:count], statuses, ram_records, nvme_records)
+
+
+def _fetch_by_grpc(link: Link, session_id: int, keys: Keys, record_bytes: int, epoch: int, deadline_us: int) -> Fetched:
+    region, count = link.region, len(keys)
+    size = count * record_bytes
+    if region is not None and size > region.fetch_part.nbytes:
+        region = None
+    request = kvd_pb2.FetchRequest(session_id=session_id, keys=keys.tobytes(), epoch=epoch, deadline_us=deadline_us)
+    if region is not None:
+        request.shared.client_id = region.client_id
+        request.shared.bytes = size
+    answer = link.ask("Fetch", request)
+    records = _landed(region, (0, size), answer, size).reshape(count, record_bytes)
+    statuses = np.frombuffer(answer.statuses, np.uint8) if answer.statuses else None
     return Fetched(records, statuses, answer.ram_records, answer.nvme_records)
