@@ -77,7 +77,7 @@ class FetchPath:
             pool.policy.touch(found["slot"])
             return found, None
         pool.policy.touch(found["slot"][found["state"] == VALID])
-        missing = misses.plan(self._residency, self._segments, pool, found, once)
+        missing = misses.plan(self._residency, self._segments, pool, found, len(keys) - hit_count, once)
         self.reading += foreground
         return found, missing
 
@@ -115,7 +115,7 @@ class FetchPath:
             return Fetched(None, hit_count, 0)
         assert bad is not None
         assert late is not None
-        awaited = missing.awaited
+        awaited = missing.plan.awaited
         fetched = self._judge(session, epoch, keys, missing, bad, late, hit_count, counters)
         if not len(awaited):
             return fetched
@@ -171,18 +171,18 @@ class FetchPath:
         ram_records: int,
         counters: Counters,
     ) -> Fetched:
-        read = len(keys) - ram_records - len(missing.awaited)
-        if not (len(missing.lost) or bad.any() or late.any()):
+        read = len(keys) - ram_records - len(missing.plan.awaited)
+        if not (len(missing.plan.lost) or bad.any() or late.any()):
             with self._lock:
                 counters.count_read(read, read * missing.items.item_bytes)
             return Fetched(None, ram_records, read)
         statuses = np.zeros(len(keys), np.uint8)
-        statuses[missing.lost] = STATUS_DAMAGED
+        statuses[missing.plan.lost] = STATUS_DAMAGED
         statuses[missing.items.positions[bad]] = STATUS_DAMAGED
-        statuses[missing.copies_to[bad[missing.copies_of]]] = STATUS_DAMAGED
+        statuses[missing.plan.copies_to[bad[missing.plan.copies_of]]] = STATUS_DAMAGED
         damaged = int(np.count_nonzero(statuses))
         statuses[missing.items.positions[late]] = STATUS_LATE
-        statuses[missing.copies_to[late[missing.copies_of]]] = STATUS_LATE
+        statuses[missing.plan.copies_to[late[missing.plan.copies_of]]] = STATUS_LATE
         not_ok = int(np.count_nonzero(statuses))
         read -= not_ok
         with self._lock:

@@ -23,7 +23,7 @@ from hga_kvd.arena import BAD, FILLING, VALID, copy_records
 from hga_kvd.checksum import mix, place_codes
 from hga_kvd.disk import Disk
 from hga_kvd.index import LOST_ROW, NO_SEGMENT
-from hga_kvd.native import CHECKSUM_BYTES_MIN, Batch, Found
+from hga_kvd.native import CHECKSUM_BYTES_MIN, Batch, Found, Plan
 from hga_kvd.reads import Items, brought, read_again
 from hga_kvd.residency import Pool, Residency
 from hga_kvd.segments import Segment, SegmentLog
@@ -32,54 +32,54 @@ U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-# Neighbours that are not asked for one after the other are read apart while they are less than one in so many: sorting
-# takes 0.15 ms, another read 10 us.
-APART_SHARE = 32
 # What a fetch with a deadline reads between two looks at the clock: 0.2 ms of a disk of 1.3 GB/s.
 DEADLINE_PART_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, eq=False)
 class Misses:
-    """Item i goes to record records[i] of slots[i] or, where that is 0, to its place in the destination.
+    """Record i of the plan is item i; it goes to its slot or, where that is 0, to its place in the destination."""
 
-    Keys that ask for what another key asks for (copies_to) share its item (copies_of).
-    """
-
+    plan: Plan
     items: Items
-    slots: I64
-    records: I64
     segments: tuple[Segment, ...]  # pinned
-    pinned: I64  # slots that hold nothing yet
-    awaited: I64  # keys of records that another call is reading
-    copies_to: I64
-    copies_of: I64
-    lost: I64  # keys of records that are nowhere
+    fresh: I64  # slots that held nothing, pinned
 
 
-def plan(residency: Residency, log: SegmentLog | None, pool: Pool, found: Found, once: bool) -> Misses:
-    """Of what RAM does not have. log: None without a disk. once: it gets no slots."""
-    table, slots, state = pool.table, pool.slots, found["state"]
-    rows, layers, records = found["row"], found["layer"], found["record"]
+def plan(
+    residency: Residency, log: SegmentLog | None, pool: Pool, found: Found, missing_count: int, once: bool
+) -> Misses:
+    """Of what RAM does not have, so many keys. log: None without a disk. once: it gets no slots."""
+    made = _plan(pool, found) if pool.view is None else native.plan(pool.view, found, missing_count)
+    if len(made.lost):  # recovery could not find the chunk, or only RAM has it and there the record went BAD
+        lost = found[made.lost]
+        assert ((lost["row"] == LOST_ROW) | (lost["state"] == BAD)).all(), "a dirty chunk without its slots"
+    fresh = made.without_slots() if once else residency.claim(pool, made)
+    segments, handles = log.pin(made.segment_ids) if log and len(made.segment_ids) else ((), made.segment_ids)
+    columns = handles[made.segments], made.offsets, made.keys, made.seeds, made.expected
+    return Misses(made, Items(pool.slots.record_bytes, *columns), segments, fresh)
+
+
+def _plan(pool: Pool, found: Found) -> Plan:
+    """What native.plan does, in numpy."""
+    table, slots, state, made = pool.table, pool.slots, found["state"], Plan(0)
     missing = np.flatnonzero((state != VALID) & (state != FILLING))
-    row = rows[missing]
-    lost, nowhere = missing[:0], table.segment[row] == NO_SEGMENT
-    if nowhere.any():  # recovery could not find the chunk, or only RAM has it and there the record went BAD
-        lost, missing = missing[nowhere], missing[~nowhere]
-        assert ((rows[lost] == LOST_ROW) | (state[lost] == BAD)).all(), "a dirty chunk without its slots"
-        row = rows[missing]
-    place = (row * pool.geometry.layers + layers[missing]) * slots.records + records[missing]
-    keys, copies_to, copies_of = _in_turn(missing, place)
-    row, layer, record = rows[keys], layers[keys], records[keys]
-    target, pinned = np.zeros(len(keys), np.int64), keys[:0]
-    if not once:
-        target, pinned = residency.claim_for_reads(pool, row, layer, record, found["slot"][keys])
-    segments, handles = log.pin(table.segment[row]) if log else ((), keys)
-    offsets = table.offset[row] + layer * slots.stride + record * slots.record_bytes
-    seeds = mix(table.uid[row] ^ place_codes(pool.geometry.layers, slots.records)[layer, record])
-    items = Items(slots.record_bytes, handles, offsets, keys, seeds, table.checksums[row, layer, record])
-    awaited = np.flatnonzero(state == FILLING)
-    return Misses(items, target, record, segments, pinned, awaited, copies_to, copies_of, lost)
+    nowhere = table.segment[found["row"][missing]] == NO_SEGMENT
+    made.awaited, made.lost, missing = np.flatnonzero(state == FILLING), missing[nowhere], missing[~nowhere]
+    layers = pool.geometry.layers
+    place = (found["row"][missing] * layers + found["layer"][missing]) * slots.records + found["record"][missing]
+    made.keys, made.copies_to, made.copies_of = _in_turn(missing, place)
+    asked = found[made.keys]
+    row, layer, made.records, made.slots = asked["row"], asked["layer"], asked["record"], asked["slot"].copy()
+    absent, extent = np.unique(np.where(made.slots, -1, row * layers + layer), return_inverse=True)
+    first = int(len(absent) > 0 and absent[0] < 0)  # of those that have a slot
+    made.extents = extent - first
+    made.absent_rows, made.absent_layers = np.divmod(absent[first:], layers)
+    made.segment_ids, made.segments = np.unique(table.segment[row], return_inverse=True)
+    made.offsets = table.offset[row] + layer * slots.stride + made.records * slots.record_bytes
+    made.seeds = mix(table.uid[row] ^ place_codes(layers, slots.records)[layer, made.records])
+    made.expected = table.checksums[row, layer, made.records]
+    return made
 
 
 def _in_turn(keys: I64, place: I64) -> tuple[I64, I64, I64]:
@@ -87,20 +87,16 @@ def _in_turn(keys: I64, place: I64) -> tuple[I64, I64, I64]:
 
     Neighbours (place + 1) are read together; otherwise the order is that of the keys.
     """
-    order = np.sort(place)
-    steps = order[1:] - order[:-1]
-    apart = np.count_nonzero(steps == 1) - np.count_nonzero(place[1:] - place[:-1] == 1)
-    if apart * APART_SHARE <= len(place) and steps.all():  # as most callers ask
-        return keys, keys[:0], keys[:0]
     order = np.argsort(place, kind="stable")
     place = place[order]
-    first = np.ones(len(place), bool)
+    first, run = np.ones(len(place), bool), np.ones(len(place), bool)
     first[1:] = place[1:] != place[:-1]
     copies_to, copies_of = keys[order[~first]], (np.cumsum(first) - 1)[~first]
     keys, place = keys[order[first]], place[first]
-    run = np.ones(len(place), bool)
+    run = run[: len(place)]
     run[1:] = place[1:] - place[:-1] != 1
-    turn = np.argsort(np.minimum.reduceat(keys, np.flatnonzero(run))[np.cumsum(run) - 1], kind="stable")
+    lowest = np.minimum.reduceat(keys, np.flatnonzero(run))[np.cumsum(run) - 1] if len(keys) else keys
+    turn = np.argsort(lowest, kind="stable")
     return keys[turn], copies_to, np.argsort(turn)[copies_of]
 
 
@@ -119,9 +115,8 @@ def bring(
     With a deadline, parts are small, one after another, and none begins once `overdue` says so; what has begun is
     finished: a read that went on behind the answer would write into memory that has another use by then.
     """
-    items, size = misses.items, pool.slots.record_bytes
+    items, starts, size = misses.items, misses.plan.starts, pool.slots.record_bytes
     bad, late = np.zeros(len(items), bool), np.zeros(len(items), bool)
-    starts = np.where(misses.slots != 0, pool.slots.starts(misses.slots, misses.records), -1)
     step = max(1, len(items) if overdue is None else DEADLINE_PART_BYTES // size)
     for begin in range(0, len(items), step):
         assert disk is not None
@@ -133,11 +128,12 @@ def bring(
         found = found[:0]
     if len(found):
         hits.copy(pool, found, destination)
-    keep = (misses.slots != 0) & ~bad & ~late
-    if disk is not None:
+    keep = (starts >= 0) & ~bad & ~late
+    if disk is not None and bad.any():
         read_again(disk, items, bad, destination)
-    at, to = items.positions[misses.copies_of], misses.copies_to
-    copy_records(destination.data, at * size, destination.data, to * size, size)
+    if len(misses.plan.copies_to):
+        at, to = items.positions[misses.plan.copies_of], misses.plan.copies_to
+        copy_records(destination.data, at * size, destination.data, to * size, size)
     return bad, keep, late
 
 
@@ -179,6 +175,6 @@ def _take(items: Items, failed: Bools, region: U8, destination: U8, starts: I64)
 
 def end(residency: Residency, log: SegmentLog | None, pool: Pool, misses: Misses, keep: Bools | None) -> None:
     """Unpins. keep: as `bring` returned it; None: it did not return."""
-    residency.end_reads(pool, misses.slots, misses.records, keep, misses.pinned)
+    residency.end_reads(pool, misses.plan, keep, misses.fresh)
     if log:
         log.unpin(misses.segments)

@@ -25,7 +25,7 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Found = npt.NDArray[np.void]
 
-VERSION = 2  # as in native.c
+VERSION = 3  # as in native.c
 
 # Fewer bytes are copied in less time than another thread needs to take the interpreter's lock and give it back.
 HELD_BYTES_MAX = 256 << 10
@@ -41,6 +41,9 @@ _ARGUMENTS = {
     "unpin": (_address, _address, _number),
     "fetch_few": (_address, _address, _number, _address, _number, _address, _number, _real),
     "copy_hits": (_address, _address, _number, _address, _number),
+    "plan": (_address, _address, _number, _address, _address, _number, _address, _address),
+    "claim": (_address, _address, _address, _number, _number, _address, _number),
+    "settle": (_address, _address, _number, _number, _address, _address, _number),
     "take": (_address, _number, _number),
     "bring": (_address, _address, _address, _address, _number),
 }
@@ -62,28 +65,34 @@ class Pool(ctypes.Structure):
         *((name, _number) for name in ("layers", "kv_heads", "groups_per_chunk", "record_bytes", "records")),
         *((name, _number) for name in ("slot_count", "stride", "slots_per_page", "page_rest")),
         *((name, _number) for name in ("row_count", "row_step", "layer_step")),
-        *((name, _address) for name in ("slot_of", "state", "pins", "log_worth", "region")),
+        ("slot_of", _address), ("chunk_count", _number),
+        *((name, _address) for name in ("segment", "offset", "uid", "checksums")), ("number", _number),
+        *((name, _address) for name in ("state", "pins", "log_worth", "holder", "doomed", "region")),
         ("region_bytes", _number),
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, table: ChunkTable, slots: SlotClass, log_worth: npt.NDArray[np.float64]) -> Pool:
+    def of(cls, number: int, table: ChunkTable, slots: SlotClass, log_worth: npt.NDArray[np.float64]) -> Pool:
         geometry, region = table.geometry, slots.units.reshape(-1)
         pool = cls(
             geometry.layers, geometry.kv_heads, geometry.groups_per_chunk, slots.record_bytes, slots.records,
             slots.slot_count, slots.stride, slots.slots_per_page, slots.page_rest,
-            state=address_of(slots.state), pins=address_of(slots.pins), log_worth=address_of(log_worth),
+            number=number, state=address_of(slots.state), pins=address_of(slots.pins), log_worth=address_of(log_worth),
+            holder=address_of(slots.holder), doomed=address_of(slots.doomed),
             region=address_of(region), region_bytes=len(region),
         )  # fmt: skip
         pool.address = ctypes.addressof(pool)
-        pool._table, pool._slot_of = table, table.slot[:0]
+        pool._table, pool._slot_of, pool._uid = table, table.slot[:0], table.uid[:0]
         return pool
 
     def now(self) -> int:
         """Its address, with the table's arrays as they are: these are others when it has grown."""
-        slot_of = self._table.slot
-        if slot_of is not self._slot_of:
-            self._slot_of = slot_of
+        table = self._table
+        slot_of = table.slot
+        if slot_of is not self._slot_of or table.uid is not self._uid:
+            self._slot_of, self._uid, self.chunk_count = slot_of, table.uid, len(table.uid)
+            for name in ("segment", "offset", "uid", "checksums"):
+                setattr(self, name, address_of(getattr(table, name)))
             self.slot_of, self.row_count = address_of(slot_of), len(slot_of)
             self.row_step, self.layer_step = (step // slot_of.itemsize for step in slot_of.strides)
         return self.address
@@ -91,6 +100,7 @@ class Pool(ctypes.Structure):
     address: int
     _table: ChunkTable
     _slot_of: I64
+    _uid: U64
 
 
 def checksum(data: U8, seed: int) -> int:
@@ -122,6 +132,80 @@ def fetch_few(pool: Pool, rows: I64, chunk_count: int, packed: bytes, count: int
     assert LIBRARY is not None
     call = LIBRARY.held.hga_kvd_fetch_few
     return bool(call(pool.now(), address_of(rows), chunk_count, packed, count, address_of(into), len(into), now))
+
+
+class Plan:
+    """What is to be read; `planned` and the lists of native.c. Columns of records, in the order in which to read them."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._columns = np.empty((9, room), np.int64)
+        self._lists = np.empty((7, room), np.int64)
+
+    def _told(self, counts: list[int]) -> None:
+        count, copies, _, awaited, lost, absent, _, segments = counts
+        columns, lists = self._columns[:, :count], self._lists
+        self.keys, self.records, self.slots, self.extents, self.segments, self.offsets, seeds, sums, self.starts = (
+            columns
+        )
+        self.seeds, self.expected = seeds.view(np.uint64), sums.view(np.uint64)
+        self.copies_to, self.copies_of = lists[0, :copies], lists[1, :copies]
+        self.awaited, self.lost = lists[2, :awaited], lists[3, :lost]
+        self.absent_rows, self.absent_layers = lists[4, :absent], lists[5, :absent]
+        self.segment_ids = lists[6, :segments]
+
+    def without_slots(self) -> I64:
+        """All of it is read to the destination; no slots are fresh."""
+        self.slots[:] = 0
+        self.starts = np.full(len(self.slots), -1)
+        return self.slots[:0]
+
+    keys: I64
+    records: I64
+    slots: I64  # of its extent, or 0; once it is claimed: to be filled, or 0
+    extents: I64  # which of the absent ones, or -1
+    segments: I64  # which of segment_ids
+    offsets: I64
+    seeds: U64
+    expected: U64
+    starts: I64  # in the region, or -1: once it is claimed
+    copies_to: I64  # keys that ask for what another one asks for
+    copies_of: I64  # and which of the records that is
+    awaited: I64  # keys of records that another call is reading
+    lost: I64  # keys of records that are nowhere
+    absent_rows: I64
+    absent_layers: I64
+    segment_ids: I64
+
+
+def plan(pool: Pool, found: Found, missing_count: int) -> Plan:
+    """hga_kvd_plan. missing_count: of the keys that are not VALID."""
+    assert LIBRARY is not None
+    made, count = Plan(missing_count), len(found)
+    scratch, counts = np.empty(4 * missing_count + count, np.int64), np.empty(8, np.int64)
+    memory = address_of(made._columns), address_of(made._lists), missing_count, address_of(scratch), address_of(counts)
+    assert not LIBRARY.held.hga_kvd_plan(pool.now(), address_of(found), count, *memory), (
+        "the index names what cannot be"
+    )
+    made._told(counts.tolist())
+    return made
+
+
+def claim(pool: Pool, plan: Plan, fresh: I64) -> None:
+    """hga_kvd_claim."""
+    assert LIBRARY is not None
+    assert len(fresh) <= len(plan.absent_rows)
+    memory = address_of(plan._columns), address_of(plan._lists), plan._room, len(plan.keys)
+    call = LIBRARY.held.hga_kvd_claim
+    assert not call(pool.now(), *memory, address_of(fresh), len(fresh)), "the index names what cannot be"
+
+
+def settle(pool: Pool, plan: Plan, keep: npt.NDArray[np.bool_], fresh: I64) -> None:
+    """hga_kvd_settle."""
+    assert LIBRARY is not None
+    assert len(keep) == len(plan.keys)
+    memory = address_of(plan._columns), plan._room, len(plan.keys)
+    LIBRARY.held.hga_kvd_settle(pool.address, *memory, address_of(keep), address_of(fresh), len(fresh))
 
 
 def copy_hits(pool: Pool, found: Found, destination: U8) -> None:

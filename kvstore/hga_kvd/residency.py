@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from hga_kvd.geometry import Geometry, Keys
 from hga_kvd.index import ChunkTable, Places, Session
 from hga_kvd.manifest import geometry_bytes, session_bytes_max
 from hga_kvd.memory import address_of, aligned_buffer
+from hga_kvd.native import Plan
 
 I64 = npt.NDArray[np.int64]
 
@@ -67,7 +67,9 @@ class Residency:
             slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
             policy = self._policies.setdefault(slots, Lrfu(slots.slot_count))
             table = ChunkTable(geometry, geometry.layers * slots.stride)
-            view = native.Pool.of(table, slots, policy.log_worth) if native.LIBRARY is not None else None
+            view = (
+                native.Pool.of(len(self.pools), table, slots, policy.log_worth) if native.LIBRARY is not None else None
+            )
             pool = Pool(len(self.pools), geometry, table, slots, policy, view)
             self.pools.append(pool)
             self._pool_of[geometry] = pool
@@ -204,34 +206,38 @@ class Residency:
 
     # --- reads from disk ---
 
-    def claim_for_reads(self, pool: Pool, rows: I64, layers: I64, records: I64, held: I64) -> tuple[I64, I64]:
-        """Slots for records that a call is about to read, no record twice: (slot to fill or 0 for each; those that hold
-        nothing yet, pinned). held: the slots of their extents, pinned by the caller, or 0.
-
-        Extents that get no slot are read all the same, and not kept. End with `end_reads`.
+    def claim(self, pool: Pool, plan: Plan) -> I64:
+        """Slots for the records that a call is about to read, as far as there are slots: plan.slots and plan.starts. Returns
+        those that hold nothing yet, pinned. End with `end_reads`.
         """
-        slots, table, layer_count = pool.slots, pool.table, pool.geometry.layers
-        target, is_held = held, held != 0
-        pool.policy.touch(held[is_held])  # asked for, though not for a record that is there
-        absent = np.unique((rows * layer_count + layers)[~is_held])
-        fresh = absent[:0]
-        if count := self.make_room(pool, len(absent)) if len(absent) else 0:
-            fresh = slots.take(count)
-            self.hold(pool, fresh, *np.divmod(absent[:count], layer_count))
-            self.make_evictable(pool, fresh)
-            slots.pin(fresh)
-            target = table.slot[rows, layers]
-        target[slots.state[target, records] != EMPTY] = 0  # BAD: that place is never filled again
+        slots, wanted = pool.slots, len(plan.absent_rows)
+        pool.policy.touch(plan.slots[plan.slots != 0])  # asked for, though not for a record that is there
+        fresh = slots.take(self.make_room(pool, wanted)) if wanted else plan.absent_rows
+        rows, layers = plan.absent_rows[: len(fresh)], plan.absent_layers[: len(fresh)]
+        pool.policy.admit(fresh, extent_key(pool.number, rows, layers))
+        if pool.view is not None:
+            native.claim(pool.view, plan, fresh)
+            return fresh
+        self.hold(pool, fresh, rows, layers)
+        slots.pin(fresh)
+        target, given = plan.slots.copy(), (plan.extents >= 0) & (plan.extents < len(fresh))
+        target[given] = fresh[plan.extents[given]]
+        target[slots.state[target, plan.records] != EMPTY] = 0  # BAD: that place is never filled again
         filled = target != 0
-        slots.state[target[filled], records[filled]] = FILLING
-        return target, fresh
+        slots.state[target[filled], plan.records[filled]] = FILLING
+        plan.slots, plan.starts = target, np.where(filled, slots.starts(target, plan.records), -1)
+        return fresh
 
-    def end_reads(self, pool: Pool, slots: I64, records: I64, keep: npt.NDArray[np.bool_] | None, pinned: I64) -> None:
+    def end_reads(self, pool: Pool, plan: Plan, keep: npt.NDArray[np.bool_] | None, fresh: I64) -> None:
         """keep: which of the records lie verified in their slot; None: none of them."""
-        filled = slots != 0
-        good = np.zeros(len(filled), bool) if keep is None else keep
-        pool.slots.set_valid(slots[filled], records[filled], good[filled])
-        pool.slots.unpin(pinned)
+        good = np.zeros(len(plan.keys), bool) if keep is None else keep
+        if pool.view is not None:
+            native.settle(pool.view, plan, good, fresh)
+            pool.slots.free_doomed(fresh)
+        else:
+            filled = plan.slots != 0
+            pool.slots.set_valid(plan.slots[filled], plan.records[filled], good[filled])
+            pool.slots.unpin(fresh)
         self.filled.notify_all()
 
     def wait_for_fills(self, pool: Pool, slots: I64, records: I64, seconds: float | None) -> bool:
@@ -240,10 +246,7 @@ class Residency:
         return self.filled.wait_for(lambda: not (state[slots, records] == FILLING).any(), seconds)
 
 
-Number = TypeVar("Number", int, I64)
-
-
-def extent_key(pool_number: Number, row: Number, layer: Number) -> Number:
+def extent_key(pool_number: int | I64, row: I64, layer: I64) -> I64:
     """Names the extent while its row lives. A row used again may meet an old key once: a wrong guess, no harm."""
     return (pool_number << 48) | (row << 10) | layer
 

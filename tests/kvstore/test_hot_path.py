@@ -159,6 +159,55 @@ def test_a_place_outside_the_arena_is_an_error(seed: int, wrong: int) -> None:
 
 # --- what is on disk ---
 
+
+@given(seeds, st.integers(0, 150), st.sampled_from([0, 2, 1]))
+def test_planning_claiming_and_settling(seed: int, count: int, room_share: int) -> None:
+    """Two equal stores, one planned in C and one in numpy: the same order, the same slots, the same states and pins."""
+    results = []
+    for which in ("native", "twin"):
+        engine, session, pool = in_ram(seed)
+        chance, table, residency = np.random.default_rng(seed), pool.table, engine._residency
+        table.segment[:] = chance.integers(0, 4, len(table.segment))
+        table.offset[:] = chance.integers(0, 1 << 30, len(table.offset)) * 512
+        if which == "twin":
+            pool = replace(pool, view=None)
+        residency.make_room = lambda pool, wanted: wanted * room_share // 2  # type: ignore[method-assign]
+        keys = keys_of(chance, 12, count)
+        found, valid = hits.find(session, pool, keys)
+        made = native.plan(pool.view, found, len(keys) - valid) if pool.view is not None else misses._plan(pool, found)
+        planned = made.keys, made.records, made.slots.copy(), made.offsets, made.seeds, made.expected
+        lists = made.copies_to, made.copies_of, made.awaited, made.lost, made.absent_rows, made.absent_layers
+        fresh = residency.claim(pool, made)
+        claimed = fresh, made.slots, made.starts, made.segment_ids[made.segments], pool.slots.state.copy()
+        where = table.slot.copy(), pool.slots.holder.copy(), pool.policy.log_worth.copy()
+        pinned = np.flatnonzero(pool.slots.pins[1:])
+        pool.slots.doomed[fresh[::3]] = True
+        with residency.lock:
+            residency.end_reads(pool, made, chance.random(len(made.keys)) < 0.7, fresh)
+        hits.unpin(pool, found)
+        assert not pool.slots.pins.any()
+        results.append((*planned, *lists, *claimed, *where, pinned, pool.slots.state.copy()))
+    for ours, theirs in zip(*results, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+@given(seeds, st.sampled_from(["row", "layer", "record", "slot"]), st.sampled_from([-1, 1 << 20, -(1 << 62), 1 << 62]))
+def test_a_plan_of_what_cannot_be_is_an_error(seed: int, what: str, wrong: int) -> None:
+    _, session, pool = in_ram(seed)
+    found, valid = hits.find(session, pool, random_keys(np.random.default_rng(seed), WIDE, 12, 50))
+    bad = int(np.flatnonzero(found["state"] != VALID)[0])
+    assert pool.view is not None
+    with pytest.raises(AssertionError, match="cannot be"):
+        native.plan(pool.view, found, 50 - valid - 1)
+    made = native.plan(pool.view, found, 50 - valid)
+    if len(made.absent_rows):
+        with pytest.raises(AssertionError, match="cannot be"):
+            native.claim(pool.view, made, np.array([wrong]))
+    found[what][bad] = wrong
+    with pytest.raises(AssertionError, match="cannot be"):
+        native.plan(pool.view, found, 50 - valid)
+
+
 FILE_RECORDS = 64
 
 
