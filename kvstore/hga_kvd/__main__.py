@@ -183,7 +183,7 @@ def _serve(
     log: FilteringBoundLogger,
     stop: SimpleQueue[int],
 ) -> None:
-    landing = Landing(settings.region_bytes_max, settings.clients_max)
+    landing = Landing(settings.region_bytes_max, settings.clients_max, settings.regions_bytes_max)
     metrics = Metrics(engine.stats, lambda: len(landing))
     service = KvdService(
         engine=engine,

@@ -111,6 +111,7 @@ class Settings(BaseSettings):
     # Calls with payload that wait for their turn, of one tenant; 64 clients with a lane have one each.
     waiting_calls_max: int = Field(default=256, gt=0, le=65536)
     region_bytes_max: Size = 1 * GIB  # one client's shared memory
+    regions_bytes_max: Size = 4 * GIB  # all clients': 64 of those that the client library asks for
     clients_max: int = Field(default=64, gt=0, le=4096)
     sessions_max: int = Field(default=65536, gt=0)
     geometries_max: int = Field(default=1024, gt=0)  # of sessions opened since the start, about 5 KiB each

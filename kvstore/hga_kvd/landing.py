@@ -73,11 +73,12 @@ class Loan:
 
 
 class Landing:
-    def __init__(self, region_bytes_max: int, clients_max: int) -> None:
+    def __init__(self, region_bytes_max: int, clients_max: int, regions_bytes_max: int) -> None:
         self._region_bytes_max = region_bytes_max
         self._clients_max = clients_max
+        self._regions_bytes_max = regions_bytes_max
         self._regions: dict[int, Region] = {}
-        self._reserved = 0  # regions being made
+        self._reserved: list[int] = []  # bytes of regions being made
         self.lock = threading.Lock()
         self._returned = threading.Condition(self.lock)
         self._waiting = 0  # calls that wait for a range
@@ -102,18 +103,24 @@ class Landing:
                 "ask for less, or raise region_bytes_max"
             )
         with self.lock:
-            if len(self._regions) + self._reserved >= self._clients_max:
+            if len(self._regions) + len(self._reserved) >= self._clients_max:
                 raise LimitExceeded(
                     f"{self._clients_max} clients are attached, which is the limit; end one, or raise clients_max"
                 )
-            self._reserved += 1
+            taken = sum(self._reserved) + sum(region.bytes for region in self._regions.values())
+            if taken + size > self._regions_bytes_max:
+                raise LimitExceeded(
+                    f"the regions of all clients have {taken} of {self._regions_bytes_max} bytes, and {size} more do not "
+                    "fit; end a client, ask for less, or raise regions_bytes_max"
+                )
+            self._reserved.append(size)
         region = None
         try:
             memory, descriptor, huge_pages = _allocate(size)
             region = Region(secrets.randbits(63) | 1, memory, huge_pages)
         finally:
             with self.lock:
-                self._reserved -= 1
+                self._reserved.remove(size)
                 if region is not None:
                     self._regions[region.client_id] = region
         return region, descriptor

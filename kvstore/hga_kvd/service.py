@@ -99,6 +99,9 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
         self.started = time.monotonic()
         self.instance = secrets.randbits(64)
         self._inflight_bytes = 0
+        # Streams that are slow to come must not hold all threads: one in four is never theirs.
+        self._streams_max = max(1, settings.rpc_threads * 3 // 4)
+        self._streams = threading.Semaphore(self._streams_max)
         self._inflight_lock = threading.Lock()
         self._thread = threading.local()
 
@@ -201,11 +204,7 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
     def Append(
         self, requests: Iterator[kvd_pb2.AppendRequest], context: grpc.ServicerContext
     ) -> kvd_pb2.AppendResponse:
-        # A stream that stalls would keep its thread for ever.
-        watchdog = threading.Timer(self.settings.append_stream_s_max, context.cancel)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
+        with self._arriving(context) as arrived:
             first = next(requests, None)
             if first is None or not first.HasField("header"):
                 raise errors.InvalidRequest("the first message of an Append has no header; send the header first")
@@ -217,20 +216,35 @@ class KvdService(kvd_pb2_grpc.KvdServicer):
                     raise errors.InvalidRequest(
                         "an Append from shared memory is one message without payload; send the bytes in one of the two"
                     )
-                watchdog.cancel()
+                arrived()
                 count = self.calls.append(
                     *place, header.token_ids, range_of(header.shared), context.is_active, header.epoch
                 )
             else:
                 with self._inflight(expected):
                     payload = gathered(first.payload, requests, header.chunk_count, expected)
-                    watchdog.cancel()
+                    arrived()
                     count = self.calls.append_in_turn(
                         *place, client_of(context), payload, header.token_ids, context.is_active, header.epoch
                     )
-        finally:
-            watchdog.cancel()
         return kvd_pb2.AppendResponse(chunk_count=count)
+
+    @contextlib.contextmanager
+    def _arriving(self, context: grpc.ServicerContext) -> Iterator[Callable[[], None]]:
+        """While a stream comes, which may stall: one of so many, and cancelled after a while. Call what this yields when it
+        is there."""
+        if not self._streams.acquire(blocking=False):
+            raise errors.LimitExceeded(
+                f"{self._streams_max} Append streams are on their way, three in four of rpc_threads: append again later, or "
+                "use shared memory, which is one message"
+            )
+        watchdog = threading.Timer(self.settings.append_stream_s_max, context.cancel)
+        watchdog.daemon = True
+        watchdog.start()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._streams.release)
+            stack.callback(watchdog.cancel)
+            yield stack.close
 
     @_answers
     def Fetch(self, request: kvd_pb2.FetchRequest, context: grpc.ServicerContext) -> bytes:

@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def landing():
-    return Landing(region_bytes_max=8 * MIB, clients_max=2)
+    return Landing(region_bytes_max=8 * MIB, clients_max=2, regions_bytes_max=12 * MIB)
 
 
 def mapped(path="hga-kvd-landing"):
@@ -89,10 +89,22 @@ def test_clients_are_limited(landing):
         os.close(descriptor)
 
 
+def test_the_regions_of_all_clients_together_are_limited(landing):
+    first, descriptor = landing.create(8 * MIB)
+    os.close(descriptor)
+    with pytest.raises(LimitExceeded, match=f"{8 * MIB} of {12 * MIB} bytes"):
+        landing.create(6 * MIB)
+    _, descriptor = landing.create(4 * MIB)
+    os.close(descriptor)
+    landing.release(first.client_id)
+    _, descriptor = landing.create(8 * MIB)
+    os.close(descriptor)
+
+
 @given(offset=st.integers(0, 2**64), size=st.integers(0, 2**64))
 @settings(max_examples=200)
 def test_only_ranges_inside_the_region_are_lent(offset, size):
-    landing = Landing(8 * MIB, 1)
+    landing = Landing(8 * MIB, 1, 8 * MIB)
     region, descriptor = landing.create(2 * MIB)
     os.close(descriptor)
     inside = offset % 4096 == 0 and offset + size <= 2 * MIB

@@ -71,7 +71,9 @@ class Running:
         self.stream = Log()
         log = make_log("debug", self.stream)
         self.engine = Engine(self.settings, None, log)
-        self.landing = Landing(self.settings.region_bytes_max, self.settings.clients_max)
+        self.landing = Landing(
+            self.settings.region_bytes_max, self.settings.clients_max, self.settings.regions_bytes_max
+        )
         self.handover = Handover(listen.handover_path(path))
         self.metrics = Metrics(self.engine.stats, lambda: len(self.landing))
         self.service = KvdService(
@@ -324,6 +326,29 @@ def test_a_stalled_append_is_ended(running):
     assert refused(kvd.stub.Append, stream(), timeout=60)[0] == CODE.CANCELLED
     assert append(kvd.stub, session_id, payload_of(1), part_bytes=100_000) == 1
     go_on.set()
+
+
+def test_streams_that_stall_do_not_take_all_threads(running):
+    kvd = running(rpc_threads=4)
+    sessions = [open_session(kvd.stub, f"s{i}").session_id for i in range(4)]
+    go_on = threading.Event()
+
+    def stream(session_id):
+        messages = parts(session_id, payload_of(1))
+        yield next(messages)
+        go_on.wait(60)
+        yield from messages
+
+    calls = [kvd.stub.Append.future(stream(session_id)) for session_id in sessions[:3]]
+    wait_for(lambda: not kvd.service._streams._value)
+    code, sentence, meaning = refused(append, kvd.stub, sessions[3], payload_of(1))
+    assert (code, meaning) == (CODE.RESOURCE_EXHAUSTED, "LimitExceeded")
+    assert "3 Append streams" in sentence
+    assert kvd.stub.Stat(kvd_pb2.StatRequest(), timeout=30).sessions == 4  # a thread is left
+    go_on.set()
+    assert [call.result(60).chunk_count for call in calls] == [1, 1, 1]
+    assert append(kvd.stub, sessions[3], payload_of(1)) == 1
+    assert kvd.service._streams._value == 3
 
 
 def test_payloads_on_their_way_are_limited(running):
