@@ -229,3 +229,16 @@ def test_sessions_take_turns_on_the_lane_of_a_real_daemon(daemon):
             assert session._attending.on_device.step is not None
             assert session._attending.on_device.step._landing.words is not None, "read in place"
             assert session.stats.fetches > 30
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_in_many_tiles_from_a_real_daemon_is_dense_attention(daemon, dtype):
+    """Tiles leave the landing while those before them are attended, and the ones after them arrive where they were."""
+    geometry = Geometry(LAYERS, KV_HEADS, GEOMETRY.head_dim, dtype)
+    with connect(daemon(nvme=False).target) as client:
+        session = client.open(None, geometry, ROPE, replace(OPTIONS, prefill_tile_chunks=1), device="cuda")
+        tokens = on_gpu(3000, dtype=dtype)
+        for first, end in blocks([500], 3000):
+            out = tokens.run(session, first, end)
+            assert (out - tokens.dense(first, end)).abs().max() < TOLERANCE[dtype]
+        assert session.stats.fetches > 5 * LAYERS * 4
