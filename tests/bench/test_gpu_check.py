@@ -37,7 +37,10 @@ def test_every_part_runs_whatever_became_of_those_before(tmp_path):
     assert told["decode"].startswith("exit code 124, cut short")
     assert told["prefill"].startswith("exit code 3,")
     assert {told[name].split(",")[0] for name in ("tests", "kernels", "clients")} == {"exit code 0"}
-    for name, asked in (("tests", "-m pytest -m gpu"), ("decode", "bench/decode_gpu.py --record --steps 60")):
+    for name, asked in (
+        ("tests", "-m pytest -n 8 -ra -p no:cacheprovider -p no:benchmark -m gpu"),
+        ("decode", "bench/decode_gpu.py --record --steps 60"),
+    ):
         assert (out / f"{name}.log").read_text().startswith(f"began {asked}")
     assert (out / "clients.log").read_text().endswith("ended\n")
     assert (out / "decode_gpu.jsonl").read_bytes() == (ROOT / "bench" / "results" / "decode_gpu.jsonl").read_bytes()
