@@ -267,7 +267,7 @@ def from_disk(
         values.setdefault(f"{count} clients, 128 x 32 KiB NVMe, GB/s", []).append(speed)
         if theirs is not None:
             values.setdefault(f"{count} clients, 128 x 32 KiB NVMe, over fio, huge pages", []).append(speed / theirs[0])
-    append_and_flush(connection, segments[0], values)
+    append_and_flush(connection, segments[0], values, "append + flush, full arena")
     fairness(connection, target, session_id, data, values, seed, rounds)
 
 
@@ -303,7 +303,7 @@ def _client(target: str, chunks: int, seed: int, seconds: float, start: Any, pip
     pipe.send(moved * READS * 4 * RECORD / (time.perf_counter() - began) / 1e9)
 
 
-def append_and_flush(connection: Connection, segment: Path, values: Values) -> None:
+def append_and_flush(connection: Connection, segment: Path, values: Values, name: str) -> None:
     """64 MiB in appends of 8 chunks and one flush, beside fio's sequential write of the same bytes and its fdatasync."""
     session_id = connection.open("written", GEOMETRY).session_id
     count, part = 64, 8
@@ -323,8 +323,8 @@ def append_and_flush(connection: Connection, segment: Path, values: Values) -> N
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     place.unlink()
     job = json.loads(ran.stdout[ran.stdout.index("{") :])["jobs"][0]
-    values.setdefault("append + flush, GB/s", []).append(speed)
-    values.setdefault("append + flush, over fio", []).append(speed / (size / (job["job_runtime"] / 1e3) / 1e9))
+    values.setdefault(f"{name}, GB/s", []).append(speed)
+    values.setdefault(f"{name}, over fio", []).append(speed / (size / (job["job_runtime"] / 1e3) / 1e9))
 
 
 def fairness(
@@ -367,6 +367,7 @@ TARGETS = {
     "128 x 32 KiB NVMe, daemon CPU s/GB": (0.15, True),
     "128 x 32 KiB NVMe, p99 over p50": (2.5, True),
     "append + flush, over fio": (0.85, False),
+    "append + flush, full arena, over fio": (0.85, False),
     "8 x 8 KiB NVMe, p99 beside bulk over alone": (2.0, True),
     "lane over bare eventfd ring": (8, True),
     "gRPC fetch over empty gRPC call": (1.3, True),
@@ -403,6 +404,9 @@ def main(
                 )
             for repeat in range(repeats):
                 from_ram(of_ram.target, values, calls)
+                other = Connection(of_ram.target)
+                append_and_flush(other, segments[0], values, "append + flush")
+                other.disconnect()
                 from_disk(connection, target, session_id, data, segments, values, rounds, repeat, depth, pid)
             transport, huge = connection.transport, connection.huge_pages
             connection.disconnect()

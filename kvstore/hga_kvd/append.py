@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from hga_kvd import chains
+from hga_kvd import chains, native
 from hga_kvd.arena import VALID
 from hga_kvd.checksum import checksums, chunk_seeds
 from hga_kvd.errors import AppendOutOfOrder, InvalidRequest, LimitExceeded, StorageFull
@@ -154,12 +154,15 @@ class AppendPath:
             first = self._residency.next_chunk_uid
             self._residency.next_chunk_uid += count
         new.uids = np.arange(first, first + count, dtype=np.uint64)
-        extents = new.payload[fresh] if new.same.any() else new.payload
-        pool.slots.put_extents(new.slots, extents.reshape(-1, pool.geometry.extent_bytes))
-        starts = pool.slots.starts(new.slots[:, None], np.arange(pool.slots.records)).reshape(-1)
+        extents = (new.payload[fresh] if new.same.any() else new.payload).reshape(len(new.slots), -1)
         seeds = chunk_seeds(new.uids, pool.geometry.layers, pool.slots.records)
-        found = checksums(self._residency.memory, starts, pool.slots.record_bytes, seeds.reshape(-1))
-        new.checksums = found.reshape(seeds.shape)
+        if pool.view is not None and pool.slots.record_bytes >= native.CHECKSUM_BYTES_MIN:
+            new.checksums = native.put_extents(pool.view, new.slots, extents, seeds)
+        else:
+            pool.slots.put_extents(new.slots, extents)
+            starts = pool.slots.starts(new.slots[:, None], np.arange(pool.slots.records)).reshape(-1)
+            found = checksums(self._residency.memory, starts, pool.slots.record_bytes, seeds.reshape(-1))
+            new.checksums = found.reshape(seeds.shape)
 
     def _claim(self, pool: Pool, count: int) -> I64:
         """Slots for an append; they are dirty from now on. Writes out, or waits for calls in flight, to get them."""

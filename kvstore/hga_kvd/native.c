@@ -11,7 +11,7 @@
 #include <string.h>
 
 // Grows with every change of what is called here: a library of another version is not used.
-enum { VERSION = 3 };
+enum { VERSION = 4 };
 
 int64_t hga_kvd_version(void) { return VERSION; }
 
@@ -40,7 +40,7 @@ typedef struct {
     double *log_worth;                  // [slot_count]
     int64_t *holder;                    // [slot_count][number, row, layer]
     const uint8_t *doomed;              // [slot_count]
-    const char *region;
+    char *region;
     int64_t region_bytes;
 } pool;
 
@@ -423,6 +423,28 @@ uint64_t hga_kvd_checksum(const uint8_t *data, int64_t bytes, uint64_t seed)
         hash += folded_product(sums[2 * i] ^ word(secret + 11 + 16 * i), sums[2 * i + 1] ^ word(secret + 19 + 16 * i));
     hash = (hash ^ (hash >> 37)) * 0x165667919E3779F9;
     return hash ^ (hash >> 32);
+}
+
+// --- records to the arena ---
+
+// Copies `count` extents, one behind the other in source, into slots, with zeros behind each, and takes the checksum of each
+// record as it lies there: the source is a client's, and may change. Of records of LONG_MIN bytes or more. Returns count;
+// fewer if the next slot cannot be, or the source has no more.
+int64_t hga_kvd_put_extents(const pool *p, const int64_t *slots, int64_t count, const char *source, int64_t source_bytes,
+                            const uint64_t *seeds, uint64_t *checksums)
+{
+    int64_t size = p->record_bytes, extent = p->records * size, i;
+    for (i = 0; i < count && i < source_bytes / extent; i++) {
+        if (slots[i] < 1 || slots[i] >= p->slot_count || start_of(p, slots[i], 0) + p->stride > p->region_bytes)
+            break;
+        char *to = p->region + start_of(p, slots[i], 0);
+        for (int64_t record = 0; record < p->records; record++, seeds++, checksums++, to += size) {
+            memcpy(to, source + i * extent + record * size, size);
+            *checksums = hga_kvd_checksum((const uint8_t *)to, size, *seeds);
+        }
+        memset(to, 0, p->stride - extent);
+    }
+    return i;
 }
 
 // --- records from disk ---

@@ -25,7 +25,7 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Found = npt.NDArray[np.void]
 
-VERSION = 3  # as in native.c
+VERSION = 4  # as in native.c
 
 # Fewer bytes are copied in less time than another thread needs to take the interpreter's lock and give it back.
 HELD_BYTES_MAX = 256 << 10
@@ -44,6 +44,7 @@ _ARGUMENTS = {
     "plan": (_address, _address, _number, _address, _address, _number, _address, _address),
     "claim": (_address, _address, _address, _number, _number, _address, _number),
     "settle": (_address, _address, _number, _number, _address, _address, _number),
+    "put_extents": (_address, _address, _number, _address, _number, _address, _address),
     "take": (_address, _number, _number),
     "bring": (_address, _address, _address, _address, _number),
 }
@@ -214,6 +215,18 @@ def copy_hits(pool: Pool, found: Found, destination: U8) -> None:
     call = (LIBRARY.held if len(destination) <= HELD_BYTES_MAX else LIBRARY.free).hga_kvd_copy_hits
     copied = call(pool.address, address_of(found), len(found), address_of(destination), len(destination))
     assert copied >= 0, "a slot lies outside the arena, or a record outside the destination"
+
+
+def put_extents(pool: Pool, slots: I64, source: U8, seeds: U64) -> U64:
+    """hga_kvd_put_extents. source: [slots, extent_bytes]. Returns the checksums, as `seeds`."""
+    assert LIBRARY is not None
+    assert seeds.size == len(slots) * pool.records
+    source, seeds = np.ascontiguousarray(source), np.ascontiguousarray(seeds)
+    checksums = np.empty_like(seeds)
+    places = (pool.address, address_of(slots), len(slots), address_of(source), source.size)
+    done = LIBRARY.free.hga_kvd_put_extents(*places, address_of(seeds), address_of(checksums))
+    assert done == len(slots), "a slot lies outside the arena, or an extent outside the payload"
+    return checksums
 
 
 class Batch(ctypes.Structure):

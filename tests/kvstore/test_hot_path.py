@@ -312,6 +312,43 @@ def test_a_ring_that_is_refused_fails_its_reads_and_not_the_engine(files: Files)
     assert wrong() == [False] * 4
 
 
+# --- what an append writes ---
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_extents_are_put_with_their_checksums(seed: int) -> None:
+    geometry = Geometry(2, 2, 32, "float32", chunk_tokens=48)  # extents that do not fill their slots
+    stored = []
+    for in_c in (True, False):
+        engine = Engine(Settings(ram=8 * MIB), None, background=False)
+        session_id = engine.open("", geometry, create=True).session_id
+        (pool,) = pools = engine._residency.pools
+        pool.slots.units[:] = 255
+        if not in_c:
+            pools[0] = replace(pool, view=None)
+        for first, count in ((0, 3), (3, 2)):
+            data = np.random.default_rng(seed + first).integers(0, 256, count * geometry.chunk_bytes, np.uint8)
+            engine.append(session_id, first, count, data, b"")
+        rows = engine._residency.sessions[session_id].all_rows()
+        slots = pool.table.slot[rows].reshape(-1)
+        lines = [
+            pool.slots.units.reshape(-1)[at : at + pool.slots.stride].tobytes() for at in pool.slots.offsets(slots)
+        ]
+        stored.append((lines, pool.table.checksums[rows].tolist()))
+    assert stored[0] == stored[1]
+
+
+@pytest.mark.parametrize("bad", [-1, 0, 1 << 10, 1 << 60])
+def test_a_slot_that_cannot_be_is_not_written(bad: int) -> None:
+    engine, _, pool = in_ram(0)
+    assert pool.view is not None
+    before = engine._residency.arena.region.copy()
+    extents, none = np.ones((1, WIDE.extent_bytes), np.uint8), np.zeros((1, pool.slots.records), np.uint64)
+    with pytest.raises(AssertionError, match="outside the arena"):
+        native.put_extents(pool.view, np.array([bad]), extents, none)
+    assert np.array_equal(engine._residency.arena.region, before)
+
+
 # --- once more, watched ---
 
 
