@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import hga_kvd
+import hga_kvd_client
 import hga_kvd_proto
 import pytest
 from hga_kvd import native as store_native
+from hga_kvd_client import native as client_native
 from hga_kvd_proto import native
 from hga_kvd_proto.native import load
 
@@ -21,7 +23,7 @@ built = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
 
 
 @built
-@pytest.mark.parametrize("module", [native, store_native])
+@pytest.mark.parametrize("module", [native, store_native, client_native])
 def test_it_is_built_and_of_this_version(module: object) -> None:
     if os.environ.get("HGA_KVD_NATIVE") == "off":
         pytest.skip("HGA_KVD_NATIVE=off")
@@ -42,7 +44,7 @@ def test_what_is_no_library_is_not_used(tmp_path: Path) -> None:
 
 
 @built
-@pytest.mark.parametrize("package", [hga_kvd, hga_kvd_proto])
+@pytest.mark.parametrize("package", [hga_kvd, hga_kvd_client, hga_kvd_proto])
 def test_another_version_is_not_used(package: object) -> None:
     directory = Path(str(package.__file__)).parent  # type: ignore[attr-defined]
     library, state = load(directory, 1 << 40)

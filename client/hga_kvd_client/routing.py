@@ -66,8 +66,8 @@ def route_sketch(log_mass: Tensor, window_log_mass: Tensor, budget: int, cover: 
     layer's query heads, has reached this. Returns a mask, [kv_heads, groups] or [kv_heads, tokens, groups].
     """
     kv_heads, ratio, *_, groups = log_mass.shape
-    everything = torch.logaddexp(log_mass.logsumexp(-1), window_log_mass)
-    mass = (log_mass - everything[..., None]).exp().sum(1)  # [kv_heads, *tokens, groups]
+    everything = torch.cat((log_mass, window_log_mass[..., None]), -1)
+    mass = everything.softmax(-1)[..., :-1].sum(1)  # [kv_heads, *tokens, groups]
     rows = mass.movedim(0, -2).flatten(-2)  # [*tokens, kv_heads * groups]
     best = rows.topk(min(budget, rows.shape[-1]), dim=-1)
     opened = torch.zeros_like(rows, dtype=torch.bool)

@@ -21,6 +21,7 @@ of a coordinate without bits, the mean.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hga_kvd_client import native
 from hga_kvd_client.float8 import widened
 
 FLOAT8 = torch.float8_e4m3fn
@@ -210,13 +212,28 @@ def encode(spec: SketchSpec, basis: Basis, keys: Tensor) -> Tensor:
 
 def log_mass(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Tensor:
     """Log of the attention mass of every group for every query, as the sketch sees it: logsumexp over its tokens of
-    z . y + offset. The twin of the kernel.
-
-    Keys are not decoded: codes times their steps meet z, and what all tokens of a block share is added once. No tensor is
-    larger than the scores or the codes as float32.
+    z . y + offset. In C where that is built and serves.
 
     z, offset: as Basis.project returned them, [kv_heads, queries, head_dim] and [kv_heads, queries]; records: uint8
     [kv_heads, chunks, chunk_bytes]. Returns [kv_heads, queries, chunks * groups_per_chunk], float32.
+    """
+    served = records.device.type == "cpu" and spec.group_tokens == 16 and spec.head_dim <= native.DIMS_MAX
+    if native.LIBRARY is None or not served:
+        return log_mass_twin(spec, z, offset, records)
+    return native.log_mass(_sizes(spec), z, offset, records)
+
+
+@functools.cache
+def _sizes(spec: SketchSpec) -> native.Spec:
+    sizes = (spec.head_dim, spec.dims4, spec.dims2, spec.groups_per_chunk, spec.blocks)
+    return native.Spec(*sizes, native.FLOAT8.data_ptr())
+
+
+def log_mass_twin(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Tensor:
+    """As log_mass, in PyTorch on any device; of C and of the GPU's kernel.
+
+    Keys are not decoded: codes times their steps meet z, and what all tokens of a block share is added once. No tensor is
+    larger than the scores or the codes as float32.
     """
     kv_heads, chunks, _ = records.shape
     blocks, groups = chunks * spec.blocks, chunks * spec.groups_per_chunk
