@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "kvstore" / "hga_kvd"
 ROOTS = ("proto", "kvstore", "client", "model_patch")
 # Those that hold the guarantee; the first failure ends the run.
-TESTS = tuple(f"tests/kvstore/test_{name}.py" for name in ("recovery", "found_by_simulation", "simulation"))
+TESTS = tuple(
+    f"tests/kvstore/test_{name}.py"
+    for name in ("recovery", "found_by_simulation", "adversary", "threads", "simulation")
+)
 RUN_S = 900  # a mutant that nobody notices runs through all of them
 
 
@@ -58,6 +61,15 @@ MUTANTS = (
     Mutant("evict an open session", "residency.py", ' and s.state != "open"', ""),
     Mutant("expire a pinned session", "engine.py", "s.ttl_s and not s.pinned and", "s.ttl_s and"),
     Mutant("forget that a manifest may be there", "writeout.py", " or self.unsure:", ":"),
+    Mutant("write a list of chunks in pieces", "jobs.py", "run = run if whole else min(run, L", "run = min(run, L"),
+    Mutant(
+        "believe a row that was used again",
+        "jobs.py",
+        "alive = table.uid[job.rows] == job.uids",
+        "alive = job.uids > 0",
+    ),
+    Mutant("write a manifest of any size", "writeout.py", "len(content) > MANIFEST_TEXT_BYTES_MAX", "not content"),
+    Mutant("take all of the file system", "segments.py", "free_bytes() - self._reserve_bytes", "free_bytes()"),
 )
 
 

@@ -233,6 +233,8 @@ def repair(disk: Disk, found: Survey) -> list[str]:
         segments = tuple(
             SegmentEntry(s.segment_id, "sealed", s.used_bytes) for s in found.segments if s.readable and s.size
         )
+        for segment in segments:  # what the new manifest vouches for may have been written and never synced
+            disk.sync(disk.open(segment_name(segment.segment_id)))
         frames = [frame.header.session_id for s in found.segments for frame in s.frames]
         manifest = replace(
             manifest,

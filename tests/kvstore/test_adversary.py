@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from hga_kvd import jobs, manifest, writeout
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
-from hga_kvd.errors import LimitExceeded, StorageFull, WriteFailed
+from hga_kvd.errors import LimitExceeded, SessionNotFound, StorageFull, WriteFailed
 from hga_kvd.format import BLOCK_BYTES, encode_segment_header, segment_name
 from hga_kvd.geometry import Geometry
 from hga_kvd.manifest import Manifest, SessionEntry, decode_manifest, encode_manifest
@@ -193,6 +196,48 @@ def test_a_manifest_that_no_start_would_read_is_not_written(monkeypatch: pytest.
         filled(engine, "b" * 200, 1)
     assert disk.get("MANIFEST") == before
     check(make(disk.crash()), session, 1)
+
+
+# --- what happens while a frame is written ---
+
+
+class Waiting(SimDisk):
+    """Calls `meanwhile` once, when the next write is done and has not returned."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def write(self, *columns: Any) -> Any:
+        moved = super().write(*columns)
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return moved
+
+
+def test_rows_that_are_used_again_while_their_old_chunks_are_written() -> None:
+    """The frame is of chunks that died; whose rows they had are others' by now, and those are not on disk."""
+    disk = Waiting()
+    engine = make(disk)
+    filled(engine, "z", 1)  # a segment that is open: the next write is the frame
+    gone, other = (engine.open(name, SMALL, create=True).session_id for name in "ab")
+    engine.append(gone, 0, 3, CHUNKS[10:13].reshape(-1), b"")
+    deleted = threading.Thread(target=lambda: engine.delete(gone))
+
+    def meanwhile() -> None:
+        deleted.start()
+        while engine._residency.sessions.get(gone):
+            time.sleep(0.001)
+        engine.append(other, 0, 3, CHUNKS[:3].reshape(-1), b"")
+
+    disk.meanwhile = meanwhile
+    with pytest.raises(SessionNotFound):
+        engine.flush(gone)
+    deleted.join()
+    assert engine.flush(other) == 3
+    check(engine, other, 3)
+    engine = make(disk.crash())
+    check(engine, other, 3)
+    assert engine.stats().chunks == 4
 
 
 # --- space ---

@@ -5,14 +5,18 @@ A failure prints its seed; `python -m hga_kvd.testing.replay SEED` runs exactly 
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import numpy as np
 import pytest
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
+from hga_kvd.format import segment_id_of
+from hga_kvd.manifest import MANIFEST_COPY_NAME, MANIFEST_NAME
+from hga_kvd.survey import repair, survey
 from hga_kvd.testing import simulation
-from hga_kvd.testing.faults import KINDS, Schedule
+from hga_kvd.testing.faults import KINDS, Life, Remains, Schedule
 from hga_kvd.testing.replay import main as replay
 from hga_kvd.testing.simdisk import SimDisk
 from hga_kvd.testing.simulation import SMALL, Simulation, Violation
@@ -98,6 +102,35 @@ def test_wrong_bytes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     known.chunks[0].payload = known.chunks[0].payload ^ np.uint8(1)
     with pytest.raises(AssertionError, match="wrong bytes"):
         trial.check_all()
+
+
+class LosesItsManifest(Simulation):
+    """With the power, wherever it is lost; and then it is repaired."""
+
+    repaired = 0
+
+    def _lose_power(self, remains: Remains) -> None:
+        super()._lose_power(remains)
+        names = self.disk.names()
+        if MANIFEST_COPY_NAME in names and any(segment_id_of(name) for name in names):
+            content = self.disk.get(MANIFEST_NAME)
+            self.disk.put(MANIFEST_NAME, bytes([content[0] ^ 1]) + content[1:])
+            assert repair(self.disk, survey(self.disk))
+            self.repaired += 1
+
+
+@pytest.mark.parametrize("first", range(0, 60, 30))
+def test_a_manifest_that_goes_bad_with_the_power_is_made_again(first: int) -> None:
+    """Whatever life it had and wherever that ended, `verify --repair` brings back what was flushed."""
+    repaired = 0
+    for seed in range(first, first + 30):
+        chance = random.Random(f"repair {seed}")
+        ends = [chance.choice((0, chance.randint(5, 120))) for _ in range(2)]
+        lives = tuple(Life(chance.randint(5, 30), end, Remains.draw(chance)) for end in ends)
+        simulation = LosesItsManifest(Schedule(seed, "clean", lives, f"repair {seed}"))
+        simulation.run()
+        repaired += simulation.repaired
+    assert repaired > 20
 
 
 def test_a_schedule_follows_from_its_seed() -> None:

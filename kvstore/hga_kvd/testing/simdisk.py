@@ -166,6 +166,11 @@ class SimDisk:
         with self._lock:
             self._power_until = self.operations + operation if operation else None
 
+    @property
+    def dark(self) -> bool:
+        """Whether the power was lost."""
+        return self._dark
+
     def heal(self) -> None:
         """Takes back the faults that have not struck yet."""
         with self._lock:

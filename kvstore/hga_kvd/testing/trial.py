@@ -47,10 +47,11 @@ class Trial(Judge):
         prefix: str = "s",
         clock: Clock | None = None,
         evicts: bool = False,
+        without: tuple[str, ...] = (),
     ) -> None:
         """prefix: of the names of its sessions; those with another are not its business. clock: the store's, which passes
         and lets sessions expire; None: it has its own, and none expire. evicts: the store is an engine, and idle sessions
-        may go where space is short."""
+        may go where space is short. without: steps that it never takes."""
         chance = random.Random(f"trial {seed}")
         super().__init__(store, excuses or NoExcuses(), chance, clock or Clock(), prefix, evicts)
         self.session_ids: set[int] = set()
@@ -59,6 +60,7 @@ class Trial(Judge):
         self._weights = STEPS if clock is None else STEPS | {"wait": 1}
         if evicts:
             self._weights = self._weights | {"append": 12, "close": 4, "park": 3}
+        self._weights = {step: weight for step, weight in self._weights.items() if step not in without}
         self._steps: dict[str, Callable[[], str]] = {step: getattr(self, f"_{step}") for step in self._weights}
 
     def run(self, steps: int) -> None:
