@@ -55,6 +55,7 @@ MUTANTS = (
         "bad = read_verified(disk, found.items, destination)",
         "bad = np.zeros_like(read_verified(disk, found.items, destination))",
     ),
+    Mutant("skip a checksum in C", "misses.py", "wrong[part] = batch.wrong_items[part]", "wrong[part] = failed"),
     Mutant("keep a reference count", "index.py", "        self.refs[rows] -= 1\n", ""),
     Mutant("leave torn frames", "startup.py", "erase_heads(disk, handle, found.stale)", "pass"),
     Mutant("take torn bodies", "recovery.py", " or not (yield from self._body_is_whole(frame))", ""),

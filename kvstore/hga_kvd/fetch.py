@@ -172,7 +172,7 @@ class FetchPath:
         counters: Counters,
     ) -> Fetched:
         read = len(keys) - ram_records - len(missing.plan.awaited)
-        if not (len(missing.plan.lost) or bad.any() or late.any()):
+        if not (len(missing.plan.lost) or np.count_nonzero(bad) or np.count_nonzero(late)):
             with self._lock:
                 counters.count_read(read, read * missing.items.item_bytes)
             return Fetched(None, ram_records, read)

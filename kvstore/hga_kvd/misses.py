@@ -124,12 +124,16 @@ def bring(
             late[begin:] = True
             break
         part = slice(begin, begin + step)
-        bad[part] = _bring(disk, residency, pool, found, items.part(part), starts[part], destination)
+        some = items if step == len(items) else items.part(part)
+        bad[part] = _bring(disk, residency, pool, found, some, starts[part], destination)
         found = found[:0]
     if len(found):
         hits.copy(pool, found, destination)
-    keep = (starts >= 0) & ~bad & ~late
+    keep = starts >= 0
+    if overdue is not None:
+        keep &= ~late
     if disk is not None and bad.any():
+        keep &= ~bad
         read_again(disk, items, bad, destination)
     if len(misses.plan.copies_to):
         at, to = items.positions[misses.plan.copies_of], misses.plan.copies_to

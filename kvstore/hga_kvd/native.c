@@ -534,7 +534,8 @@ typedef struct {
 } ring;
 
 enum { OP_READ = 22, GETEVENTS = 1, READ_BYTES_MAX = 1 << 30, BUSY_TRIES_MAX = 1000, BUSY_PAUSE_NS = 1000000 };
-enum { WAIT_SHARE = 8 };  // a wait is for so much of what is in flight: the rest keeps the device busy
+enum { WAIT_SHARE = 8 };  // a wait is for so much of what is in flight: the rest keeps the device busy,
+enum { WAIT_LAST = 8 };   // and, once all is in flight, for so many: a wake costs as much as verifying one record
 enum { AT_ONCE = 64 };    // completions that are taken from the queue before more reads are put into it
 
 static uint32_t load(const uint32_t *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
@@ -619,7 +620,9 @@ int64_t hga_kvd_bring(const ring *r, const batch *b, const pool *p, const place 
         depth = depth < 1 ? 1 : depth > r->entries ? r->entries : depth;
         while (queued < reads && queued - done < depth && *r->sq_tail - load(r->sq_head) < r->entries)
             put_read(r, b, queued++);
-        int64_t wait = (queued - done + WAIT_SHARE - 1) / WAIT_SHARE;
+        int64_t flying = queued - done, wait = (flying + WAIT_SHARE - 1) / WAIT_SHARE;
+        if (queued == reads && wait < WAIT_LAST)
+            wait = flying < WAIT_LAST ? flying : WAIT_LAST;
         int more = hits == -1 || count;  // there is something to do meanwhile
         if (done < reads && (!more || *r->sq_tail != load(r->sq_head)))
             error = enter(r, more ? 0 : wait);

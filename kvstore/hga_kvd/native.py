@@ -138,14 +138,21 @@ def fetch_few(pool: Pool, rows: I64, chunk_count: int, packed: bytes, count: int
 class Plan:
     """What is to be read; `planned` and the lists of native.c. Columns of records, in the order in which to read them."""
 
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._columns = np.empty((9, room), np.int64)
-        self._lists = np.empty((7, room), np.int64)
+    def __init__(self, room: int, scratch: int = 0) -> None:
+        """scratch: words behind the columns, the lists and the counts."""
+        self._memory = np.empty(16 * room + 8 + scratch, np.int64)
+        self.room = room
+        self.columns = address_of(self._memory)
+        self.lists = self.columns + 8 * 9 * room
+        self.counts = self.lists + 8 * 7 * room
+        self.scratch = self.counts + 8 * 8
 
-    def _told(self, counts: list[int]) -> None:
-        count, copies, _, awaited, lost, absent, _, segments = counts
-        columns, lists = self._columns[:, :count], self._lists
+    def told(self) -> Plan:
+        """Once it is made."""
+        memory, room = self._memory, self.room
+        count, copies, _, awaited, lost, absent, _, segments = memory[16 * room : 16 * room + 8].tolist()
+        columns = memory[: 9 * room].reshape(9, room)[:, :count]
+        lists = memory[9 * room : 16 * room].reshape(7, room)
         self.keys, self.records, self.slots, self.extents, self.segments, self.offsets, seeds, sums, self.starts = (
             columns
         )
@@ -154,6 +161,7 @@ class Plan:
         self.awaited, self.lost = lists[2, :awaited], lists[3, :lost]
         self.absent_rows, self.absent_layers = lists[4, :absent], lists[5, :absent]
         self.segment_ids = lists[6, :segments]
+        return self
 
     def without_slots(self) -> I64:
         """All of it is read to the destination; no slots are fresh."""
@@ -182,31 +190,29 @@ class Plan:
 def plan(pool: Pool, found: Found, missing_count: int) -> Plan:
     """hga_kvd_plan. missing_count: of the keys that are not VALID."""
     assert LIBRARY is not None
-    made, count = Plan(missing_count), len(found)
-    scratch, counts = np.empty(4 * missing_count + count, np.int64), np.empty(8, np.int64)
-    memory = address_of(made._columns), address_of(made._lists), missing_count, address_of(scratch), address_of(counts)
+    count = len(found)
+    made = Plan(missing_count, 4 * missing_count + count)
+    memory = made.columns, made.lists, missing_count, made.scratch, made.counts
     assert not LIBRARY.held.hga_kvd_plan(pool.now(), address_of(found), count, *memory), (
         "the index names what cannot be"
     )
-    made._told(counts.tolist())
-    return made
+    return made.told()
 
 
 def claim(pool: Pool, plan: Plan, fresh: I64) -> None:
     """hga_kvd_claim."""
     assert LIBRARY is not None
     assert len(fresh) <= len(plan.absent_rows)
-    memory = address_of(plan._columns), address_of(plan._lists), plan._room, len(plan.keys)
-    call = LIBRARY.held.hga_kvd_claim
-    assert not call(pool.now(), *memory, address_of(fresh), len(fresh)), "the index names what cannot be"
+    arguments = plan.columns, plan.lists, plan.room, len(plan.keys), address_of(fresh), len(fresh)
+    assert not LIBRARY.held.hga_kvd_claim(pool.now(), *arguments), "the index names what cannot be"
 
 
 def settle(pool: Pool, plan: Plan, keep: npt.NDArray[np.bool_], fresh: I64) -> None:
     """hga_kvd_settle."""
     assert LIBRARY is not None
     assert len(keep) == len(plan.keys)
-    memory = address_of(plan._columns), plan._room, len(plan.keys)
-    LIBRARY.held.hga_kvd_settle(pool.address, *memory, address_of(keep), address_of(fresh), len(fresh))
+    arguments = plan.columns, plan.room, len(plan.keys), address_of(keep), address_of(fresh), len(fresh)
+    LIBRARY.held.hga_kvd_settle(pool.address, *arguments)
 
 
 def copy_hits(pool: Pool, found: Found, destination: U8) -> None:
