@@ -48,13 +48,13 @@ def restore(routing: RoutingState, stored: StoredSession, device: torch.device, 
 
 
 def _make(routing: RoutingState, stored: StoredSession, first: int, end: int) -> None:
-    """Of chunks first .. end-1, at most a tile, from stored keys."""
+    """Of chunks first .. end-1 from stored keys, all of which are held at once."""
     geometry = stored.geometry
     layers = []
     for layer in range(geometry.layers):
-        for _, k, _, _ in stored.tiles(layer, first, end):
-            apart = k.view(geometry.kv_heads, end - first, geometry.groups_per_chunk, geometry.group_tokens, -1)
-            layers.append(apart.transpose(0, 1))
+        k = torch.cat([k for _, k, _, _ in stored.tiles(layer, first, end)], 1)
+        apart = k.view(geometry.kv_heads, end - first, geometry.groups_per_chunk, geometry.group_tokens, -1)
+        layers.append(apart.transpose(0, 1))
     routing.put(first, routing.make(first, torch.stack(layers, 1)))
     stored.put_routing(first, end)
 
