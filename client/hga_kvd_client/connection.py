@@ -78,8 +78,9 @@ class Connection:
 
     @property
     def landing(self) -> Bytes | None:
-        """The shared memory in which fetched records arrive; None where they come as bytes. Another after a restart."""
-        return self._link.region.fetch_part if self._link.region is not None else None
+        """The shared memory in which fetched records arrive, and appended chunks leave; None where they come as bytes.
+        Another after a restart."""
+        return self._link.region.memory if self._link.region is not None else None
 
     @property
     def huge_pages(self) -> bool:

@@ -39,10 +39,10 @@ class Region:
         finally:
             os.close(descriptor)
         # Views keep the mapping alive; it goes with the last of them.
-        everything = np.frombuffer(mapping, dtype=np.uint8)
+        self.memory: Bytes = np.frombuffer(mapping, dtype=np.uint8)
         self.append_offset = size // 2 // PAGE_BYTES * PAGE_BYTES
-        self.fetch_part: Bytes = everything[: self.append_offset]
-        self.append_part: Bytes = everything[self.append_offset :]
+        self.fetch_part: Bytes = self.memory[: self.append_offset]
+        self.append_part: Bytes = self.memory[self.append_offset :]
         self._records: dict[int, Bytes] = {}
 
     def records(self, record_bytes: int) -> Bytes:

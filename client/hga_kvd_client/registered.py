@@ -55,16 +55,20 @@ class Registered:
 
 
 class Carrier:
-    """Takes fetched bytes to a device beside what it is doing, as fast as the bus is where it can read the landing."""
+    """Takes fetched bytes to a device beside what it is doing, as fast as the bus is where it can reach the landing."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._side = device, cuda.Stream(device)
         self._landing: Registered | None = None
 
-    def carried(self, records: Tensor, landing: Bytes | None) -> Tensor:
-        """A copy on the device. Returns when the records have been read and may be written over. Between steps only."""
+    def reach(self, landing: Bytes | None) -> None:
+        """Copies from and to this memory are the device's own from now on. Between steps only."""
         if landing is not None:
             self._landing = Registered.of(landing)
+
+    def carried(self, records: Tensor, landing: Bytes | None) -> Tensor:
+        """A copy on the device. Returns when the records have been read and may be written over. Between steps only."""
+        self.reach(landing)
         with cuda.stream(self._side):
             copied = records.to(self._device, non_blocking=True)
         self._side.synchronize()

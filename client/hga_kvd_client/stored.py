@@ -344,6 +344,8 @@ class StoredSession:
             geometry.head_dim,
         )
         landing = torch.from_numpy(payload)
+        if self._carrier is not None:
+            self._carrier.reach(self.connection.landing)
         # On the CPU extents are built where the daemon reads them; on a GPU beside the model, and then copied once.
         in_place = held.device.type == "cpu" and not self.rounds
         extents = (
