@@ -33,6 +33,9 @@ SMALL_AT_ONCE, LARGE_AT_ONCE = 4, 3
 IDLE_FLOWS_MAX = 256
 
 
+_NOW = threading.Event()  # of a call that need not wait
+
+
 @dataclass(eq=False)
 class _Flow(Generic[Item]):
     """start: bytes moved before its next item, had it always waited. A client has items, a tenant has clients."""
@@ -122,8 +125,13 @@ class _Places:
 
     def enter(self, tenant: str, client: Hashable, size: int, waiting_max: int, end: float | None) -> bool:
         """Returns once there is a place; False: time was up, there is none. Raises: LimitExceeded."""
-        turn = threading.Event()
         with self._lock:
+            if self._free and not self.queue.counts:  # nobody waits: it is counted as served, and goes on
+                self.queue.put(tenant, client, size, _NOW)
+                self.queue.take()
+                self._free -= 1
+                return True
+            turn = threading.Event()
             waiting = self.queue.counts.get(tenant, 0)
             if waiting >= waiting_max:
                 raise LimitExceeded(
