@@ -40,7 +40,7 @@ class SessionOptions:
     # How K and V are stored. "model": as the model has them. "fp8": 8 bits a value and a scale a record (float8.py), half
     # the bytes of bf16 on the wire, in RAM and on disk. Rounded when a chunk closes; a GPU's step is not built for it.
     kv_dtype: Literal["model", "fp8"] = "model"
-    # Chunks of stored K/V that exact prefill holds at once, of one layer.
+    # Chunks of stored K/V that exact prefill attends at once, of one layer; on a GPU four times as many.
     prefill_tile_chunks: int = 16
     # A named session is flushed when this many chunks are not yet durable. What a crash of the daemon can take away
     # must still be in the window, so at most recent_chunks.
