@@ -298,7 +298,7 @@ class Load:
 
 
 class Arena:
-    """Slots, what is valid in them, and a policy: `claim_for_reads`, `make_room` and `make_evictable` of residency.py."""
+    """Slots, what is valid in them, and a policy: `claim` and `make_room` of residency.py."""
 
     def __init__(self, load: Load, slot_count: int, policy: Policy, touch_all: bool) -> None:
         self.policy, self.touch_all = policy, touch_all
