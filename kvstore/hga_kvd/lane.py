@@ -117,6 +117,7 @@ class Lane(rings.LaneWords):
     def close(self) -> None:
         """Says so to the client, and gives everything back."""
         self._publish(layout.CLOSED)
+        self._bell_number = -1  # its number may soon be another socket's
         self._bell.close()
         os.close(self.request_bell)
 
