@@ -21,7 +21,7 @@ ROOTS = ("proto", "kvstore", "client", "model_patch")
 # Those that hold the guarantee; the first failure ends the run.
 TESTS = tuple(
     f"tests/kvstore/test_{name}.py"
-    for name in ("recovery", "found_by_simulation", "adversary", "threads", "simulation")
+    for name in ("recovery", "found_by_simulation", "adversary", "threads", "simulation", "hot_path")
 )
 RUN_S = 900  # a mutant that nobody notices runs through all of them
 
@@ -56,6 +56,9 @@ MUTANTS = (
         "bad = np.zeros_like(read_verified(disk, found.items, destination))",
     ),
     Mutant("skip a checksum in C", "misses.py", "wrong[part] = batch.wrong_items[part]", "wrong[part] = failed"),
+    Mutant(
+        "believe the ring in C", "misses.py", "return batch.wrong_items\n", "return np.zeros_like(batch.wrong_items)\n"
+    ),
     Mutant("keep a reference count", "index.py", "        self.refs[rows] -= 1\n", ""),
     Mutant("leave torn frames", "startup.py", "erase_heads(disk, handle, found.stale)", "pass"),
     Mutant("take torn bodies", "recovery.py", " or not (yield from self._body_is_whole(frame))", ""),
