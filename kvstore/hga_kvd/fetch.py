@@ -76,7 +76,8 @@ class FetchPath:
         if hit_count == len(keys):
             pool.policy.touch(found["slot"])
             return found, None
-        pool.policy.touch(found["slot"][found["state"] == VALID])
+        if hit_count:
+            pool.policy.touch(found["slot"][found["state"] == VALID])
         missing = misses.plan(self._residency, self._segments, pool, found, len(keys) - hit_count, once)
         self.reading += foreground
         return found, missing

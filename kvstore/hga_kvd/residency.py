@@ -211,10 +211,12 @@ class Residency:
         those that hold nothing yet, pinned. End with `end_reads`.
         """
         slots, wanted = pool.slots, len(plan.absent_rows)
-        pool.policy.touch(plan.slots[plan.slots != 0])  # asked for, though not for a record that is there
+        if len(held := plan.slots[plan.slots != 0]):
+            pool.policy.touch(held)  # asked for, though not for a record that is there
         fresh = slots.take(self.make_room(pool, wanted)) if wanted else plan.absent_rows
         rows, layers = plan.absent_rows[: len(fresh)], plan.absent_layers[: len(fresh)]
-        pool.policy.admit(fresh, extent_key(pool.number, rows, layers))
+        if len(fresh):
+            pool.policy.admit(fresh, extent_key(pool.number, rows, layers))
         if pool.view is not None:
             native.claim(pool.view, plan, fresh)
             return fresh
