@@ -354,3 +354,33 @@ def test_another_model_cannot_take_up_the_session(daemon):
         longer = torch.cat((ids, ids), 1)
         logits = state.model(longer).logits
     assert (logits[:, 192:] - tiny.make("llama", seed=1)(longer).logits[:, 192:]).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "rotary"),
+    [(80, 4, 4, 1.0), (96, 16, 1, 1.0), (256, 4, 2, 1.0), (128, 6, 2, 0.25)],
+)
+@pytest.mark.parametrize("router", ["sketch", "hga"])
+def test_odd_heads_with_a_budget_for_every_group(head_dim, heads, kv_heads, rotary, router, daemon):
+    """Query heads of a KV head from 1 to 16, heads that are no power of two, a quarter of a head rotated."""
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": rotary}
+    sizes = {
+        "head_dim": head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": 2,
+    }
+    model = tiny.make("llama" if rotary == 1 else "phi", **sizes, **({} if rotary == 1 else {"rope_parameters": rope}))
+    ids = tiny.text(620)
+    expected = model(ids, use_cache=False).logits[0, 600:]
+    options = SessionOptions(
+        router=router, sketch_groups=64, sketch_basis_tokens=512, topk_chunks=16, topk_groups=64, sink_chunks=1,
+        recent_chunks=2, flush_chunks=2, bank_groups=8,
+    )  # fmt: skip
+    with hga_kvd_patch.patched(model, daemon(nvme=False).target, options=options, prefill_block=256):
+        cache = model(ids[:, :600])[CACHE]
+        ours = [model(ids[:, column : column + 1], **{CACHE: cache}).logits[0] for column in range(600, 620)]
+        (session,) = cache.sessions
+    assert session.geometry.head_dim == head_dim
+    assert session.stats.opened_groups == session.stats.routable_groups > 0
+    assert (torch.cat(ours) - expected).abs().max() <= CLOSE
