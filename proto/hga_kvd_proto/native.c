@@ -148,7 +148,7 @@ static int64_t found(const struct leader *leader)
 static void say_awake(const struct leader *leader, uint64_t awake)
 {
     for (int64_t i = 0; i < leader->count; i++)
-        if (*leader->lanes[i]->awake != awake)
+        if (read_word(leader->lanes[i]->awake) != awake)
             write_word(leader->lanes[i]->awake, awake);
 }
 
