@@ -82,7 +82,7 @@ class Wait:
     def remove(self, lane: Lane) -> None:
         """To be called before its bell is closed: the client has the bell too, so closing ours would not do it."""
         self._epoll.unregister(lane.request_bell)
-        self._lanes = ()
+        self._lanes, self._words.count = (), 0
 
     def rouse(self) -> None:
         """The wait that is under way returns, or the next one."""
