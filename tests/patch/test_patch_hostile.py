@@ -85,6 +85,17 @@ def test_a_compiled_model_that_is_patched_inside(model, client):
     assert (outer(ids).logits - expected).abs().max() <= CLOSE
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_compiled_layers(model, client):
+    ids = tiny.text(70)
+    expected = model(ids).logits
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    with hga_kvd_patch.patched(model, client, prefill_block=32):
+        cache = model(ids[:, :69])[CACHE]
+        assert (model(ids[:, 69:], **{CACHE: cache}).logits - expected[:, 69:]).abs().max() <= CLOSE
+
+
 def test_cache_position_is_what_it_was(model, client):
     ids = tiny.text(90)
     expected = model(ids).logits
