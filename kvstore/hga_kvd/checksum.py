@@ -16,8 +16,6 @@ import xxhash
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
-_MASK = (1 << 64) - 1
-
 checksum = xxhash.xxh3_64_intdigest
 
 
@@ -27,18 +25,6 @@ def mix(values: U64) -> U64:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def mix_one(value: int) -> int:
-    """The same of one number."""
-    x = (value + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
-def record_seed(uid: int, layer: int, record: int) -> int:
-    return mix_one(uid ^ mix_one((layer << 32) | record))
 
 
 def record_seeds(uids: npt.ArrayLike, layers: npt.ArrayLike, records: npt.ArrayLike) -> U64:
