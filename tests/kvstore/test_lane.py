@@ -335,6 +335,26 @@ def test_a_lane_is_one_client_even_if_it_posts_without_a_pause(kvd):
         client.close()
 
 
+def test_every_answer_rings_a_client_that_may_sleep(kvd, lane):
+    """Who sleeps hears of every completion by its bell alone, after the counter moved; also of the lane's end."""
+    session_id, _ = filled(kvd)
+    with socket.socket(fileno=os.dup(lane.completion_bell)) as bell:
+        bell.settimeout(30)
+        for count in (1, 40, 2, 60):  # the leader answers the small ones, another thread the large
+            fetch(lane, session_id, all_keys(3)[:count])
+            assert bell.recv(2) == b"\0"
+            assert lane.completed_word[0] == lane.posted
+        if rings.LIBRARY is not None:  # in C who says that it is awake is left alone
+            awake = lane.lane[layout.awake_at(layout.COMPLETIONS_POSTED) :][:8].cast("Q")
+            awake[0] = 1
+            fetch(lane, session_id, all_keys(3)[:1])
+            assert lane.completion()[0] == 0
+            awake[0] = 0
+        kvd.service.lanes.end(lane.client_id)
+        assert bell.recv(2) == b"\0"
+        assert lane.completed_word[0] == layout.CLOSED
+
+
 def test_a_stolen_ring_is_made_up_by_the_next(kvd, lane):
     session_id, _ = filled(kvd, 1)
     fetch(lane, session_id, all_keys(1))
