@@ -17,7 +17,7 @@ SCHEDULES_S ?= 600
 KILLS ?= 50
 CHURN_S ?= 600
 
-NATIVE_SOURCES := kvstore/hga_kvd/native.c proto/hga_kvd_proto/native.c client/hga_kvd_client/native.c
+NATIVE_SOURCES := $(wildcard kvstore/hga_kvd/csrc/*) proto/hga_kvd_proto/native.c client/hga_kvd_client/native.c
 APT_INSTALL = $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c 'apt-get update -q && apt-get install -y -q "$$@"' apt
 
 .PHONY: soak mutants gpu demo test lint types unit model proto setup apt native peers tables

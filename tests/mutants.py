@@ -55,7 +55,7 @@ MUTANTS = (
         "bad = read_verified(disk, found.items, destination)",
         "bad = np.zeros_like(read_verified(disk, found.items, destination))",
     ),
-    Mutant("skip a checksum in C", "misses.py", "wrong[part] = batch.wrong_items[part]", "wrong[part] = failed"),
+    Mutant("skip a checksum in C", "misses.py", "wrong[few] = batch.wrong_items[few]", "wrong[few] = failed"),
     Mutant(
         "believe the ring in C", "misses.py", "return batch.wrong_items\n", "return np.zeros_like(batch.wrong_items)\n"
     ),

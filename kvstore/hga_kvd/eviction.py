@@ -38,10 +38,10 @@ class Lrfu:
 
     def __init__(self, slot_count: int) -> None:
         self.log_worth: F64 = np.full(slot_count, NOT_HERE)
-        self._key: I64 = np.zeros(slot_count, np.int64)
-        self.now = 0.0  # in half-lives
+        self.key: I64 = np.zeros(slot_count, np.int64)
+        self.clock: F64 = np.zeros(1)  # in half-lives; an array, so that C moves it too
         self.tick = 1 / (HALF_LIFE_SLOTS * slot_count)  # of one ask
-        self._past = _Past(slot_count)
+        self.past = Past(slot_count)
         self._window = 0  # where the next ranking begins
         self._ranked: I64 = np.zeros(0, np.int64)
         self._ranked_worth: F64 = np.zeros(0)
@@ -49,17 +49,21 @@ class Lrfu:
     def __len__(self) -> int:
         return int(np.count_nonzero(np.isfinite(self.log_worth)))
 
+    @property
+    def now(self) -> float:
+        return float(self.clock[0])
+
     def touch(self, slots: I64) -> None:
         """A call asked for these slots. A slot named twice in one call counts once."""
-        self.now += len(slots) * self.tick
-        self.log_worth[slots] = np.logaddexp2(self.log_worth[slots], self.now)
+        self.clock += len(slots) * self.tick
+        self.log_worth[slots] = np.logaddexp2(self.log_worth[slots], self.clock)
 
     def admit(self, slots: npt.ArrayLike, keys: npt.ArrayLike) -> None:
         """These slots now hold these clean extents and may be evicted."""
         slots, keys = np.asarray(slots, np.int64), np.asarray(keys, np.int64)
-        self.now += len(slots) * self.tick
-        self._key[slots] = keys
-        self.log_worth[slots] = np.logaddexp2(self._past.worth(keys), self.now)
+        self.clock += len(slots) * self.tick
+        self.key[slots] = keys
+        self.log_worth[slots] = np.logaddexp2(self.past.worth(keys), self.clock)
 
     def forget(self, slots: npt.ArrayLike) -> None:
         """These slots were freed for another reason; slots that were never admitted are fine."""
@@ -68,7 +72,7 @@ class Lrfu:
     def evict(self, count: int, pinned: npt.NDArray[np.integer]) -> list[int]:
         """Up to `count` slots to reuse now; fewer when the others are pinned (pinned[slot] != 0)."""
         victims: list[int] = []
-        windows_left = -(-len(self._key) // WINDOW_SLOTS)
+        windows_left = -(-len(self.key) // WINDOW_SLOTS)
         while len(victims) < count:
             if not len(self._ranked):
                 if not windows_left:
@@ -81,16 +85,16 @@ class Lrfu:
             slots = slots[(self.log_worth[slots] == self._ranked_worth[take]) & (pinned[slots] == 0)]
             self._ranked, self._ranked_worth = self._ranked[take.stop :], self._ranked_worth[take.stop :]
             if len(slots):
-                self._past.remember(self._key[slots], self.log_worth[slots])
+                self.past.remember(self.key[slots], self.log_worth[slots])
                 self.log_worth[slots] = NOT_HERE
                 victims += slots.tolist()
-                windows_left = -(-len(self._key) // WINDOW_SLOTS)
+                windows_left = -(-len(self.key) // WINDOW_SLOTS)
         return victims
 
     def _rank(self, pinned: npt.NDArray[np.integer], wanted: int) -> None:
         """The next window's slots of least worth, least first; `wanted` of them or a share."""
         window = slice(self._window, self._window + WINDOW_SLOTS)
-        self._window = window.stop if window.stop < len(self._key) else 0
+        self._window = window.stop if window.stop < len(self.key) else 0
         worth = np.where(pinned[window] == 0, self.log_worth[window], NOT_HERE)
         count = min(len(worth), max(wanted, min(RANKED_MIN, len(worth) // 8), len(worth) // RANKED_SHARE))
         least = np.argpartition(worth, min(count, len(worth) - 1))[:count]
@@ -99,24 +103,24 @@ class Lrfu:
         self._ranked, self._ranked_worth = least + window.start, worth[least]
 
 
-class _Past:
+class Past:
     """Worth of evicted extents by key, in a table of twice the slots: of two keys in one place the later one stays."""
 
     def __init__(self, slot_count: int) -> None:
         size = 1 << (2 * slot_count - 1).bit_length()
-        self._shift = np.uint64(65 - size.bit_length())
+        self._shift = np.uint64(65 - size.bit_length())  # 64 less log2 of it
         # Inverted, so that 0 is none: zeros take no memory until they are used.
-        self._key: I64 = np.zeros(size, np.int64)
-        self._log_worth: F64 = np.zeros(size)
+        self.key: I64 = np.zeros(size, np.int64)
+        self.log_worth: F64 = np.zeros(size)
 
     def remember(self, keys: I64, log_worth: F64) -> None:
         at = self._at(keys)
-        self._key[at], self._log_worth[at] = ~keys, log_worth
+        self.key[at], self.log_worth[at] = ~keys, log_worth
 
     def worth(self, keys: I64) -> F64:
         """-inf of those that are not known."""
         at = self._at(keys)
-        return np.where(self._key[at] == ~keys, self._log_worth[at], -np.inf)
+        return np.where(self.key[at] == ~keys, self.log_worth[at], -np.inf)
 
     def _at(self, keys: I64) -> I64:
         # Fibonacci hashing: the high bits of a product with 2 ** 64 / golden ratio spread neighbours evenly.

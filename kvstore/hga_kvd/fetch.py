@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from hga_kvd import hits, misses
 from hga_kvd.answers import STATUS_DAMAGED, STATUS_LATE, Counters, Fetched
-from hga_kvd.arena import VALID
 from hga_kvd.damage import log_damaged, mark_damaged
 from hga_kvd.errors import LimitExceeded
 from hga_kvd.geometry import KEY_DTYPE, Keys
@@ -65,22 +64,19 @@ class FetchPath:
             if not count:
                 return Fetched(None, 0, 0)
             session.use(now)
-            found, missing = self._plan(session, pool, keys, foreground, once)
-        return self._fetch(session, epoch, keys, found, missing, destination, overdue, counters, foreground)
+            planned = self._plan(session, pool, keys, foreground, once)
+        return self._fetch(session, epoch, keys, *planned, destination, overdue, counters, foreground)
 
     def _plan(
         self, session: Session, pool: Pool, keys: Keys, foreground: bool, once: bool = False
-    ) -> tuple[Found, Misses | None]:
-        """Under the lock: where the records are, and how those that RAM does not have are to be had. Pins what it names."""
+    ) -> tuple[Found, int, Misses | None]:
+        """Under the lock: where the records are, how many RAM has, and how the others are to be had. Pins what it names."""
         found, hit_count = hits.find(session, pool, keys)
         if hit_count == len(keys):
-            pool.policy.touch(found["slot"])
-            return found, None
-        if hit_count:
-            pool.policy.touch(found["slot"][found["state"] == VALID])
+            return found, hit_count, None
         missing = misses.plan(self._residency, self._segments, pool, found, len(keys) - hit_count, once)
         self.reading += foreground
-        return found, missing
+        return found, hit_count, missing
 
     def _fetch(
         self,
@@ -88,6 +84,7 @@ class FetchPath:
         epoch: int,
         keys: Keys,
         found: Found,
+        hit_count: int,
         missing: Misses | None,
         destination: U8,
         overdue: Callable[[], bool] | None,
@@ -96,8 +93,7 @@ class FetchPath:
     ) -> Fetched:
         """What was planned: the copies and the reads, and then the unpinning."""
         pool = self._residency.pools[session.pool]
-        size, bad, late, keep = pool.slots.record_bytes, None, None, None
-        hit_count = len(keys) if missing is None else int(np.count_nonzero(found["state"] == VALID))
+        size, bad, late, keep, read = pool.slots.record_bytes, None, None, None, 0
         try:
             if missing is None:
                 hits.copy(pool, found, destination)
@@ -111,13 +107,18 @@ class FetchPath:
                 if missing is not None:
                     misses.end(self._residency, self._segments, pool, missing, keep)
                     self.reading -= foreground
+                    if bad is not None and late is None and not len(missing.plan.lost) and not bad.any():
+                        read = len(keys) - hit_count - len(missing.plan.awaited)
+                        counters.count_read(read, read * size)
                 counters.count_hits(hit_count, hit_count * size)
         if missing is None:
             return Fetched(None, hit_count, 0)
-        assert bad is not None
-        assert late is not None
         awaited = missing.plan.awaited
-        fetched = self._judge(session, epoch, keys, missing, bad, late, hit_count, counters)
+        if read:
+            fetched = Fetched(None, hit_count, read)
+        else:
+            assert bad is not None
+            fetched = self._judge(session, epoch, keys, missing, bad, late, hit_count, counters)
         if not len(awaited):
             return fetched
         places = found["slot"][awaited], found["record"][awaited]
@@ -148,9 +149,9 @@ class FetchPath:
                     counters.late_records += len(keys)
                     return Fetched(np.full(len(keys), STATUS_LATE, np.uint8), 0, 0), own
             self._residency.session(session.session_id, epoch)
-            found, missing = self._plan(session, pool, keys, foreground)
+            planned = self._plan(session, pool, keys, foreground)
         into = own.reshape(-1)
-        return self._fetch(session, epoch, keys, found, missing, into, overdue, counters, foreground), own
+        return self._fetch(session, epoch, keys, *planned, into, overdue, counters, foreground), own
 
     def _check_size(self, count: int, record_bytes: int) -> None:
         settings = self._parts.settings
@@ -168,29 +169,26 @@ class FetchPath:
         keys: Keys,
         missing: Misses,
         bad: Bools,
-        late: Bools,
+        late: Bools | None,
         ram_records: int,
         counters: Counters,
     ) -> Fetched:
         read = len(keys) - ram_records - len(missing.plan.awaited)
-        if not (len(missing.plan.lost) or np.count_nonzero(bad) or np.count_nonzero(late)):
-            with self._lock:
-                counters.count_read(read, read * missing.items.item_bytes)
-            return Fetched(None, ram_records, read)
         statuses = np.zeros(len(keys), np.uint8)
         statuses[missing.plan.lost] = STATUS_DAMAGED
-        statuses[missing.items.positions[bad]] = STATUS_DAMAGED
+        statuses[missing.plan.keys[bad]] = STATUS_DAMAGED
         statuses[missing.plan.copies_to[bad[missing.plan.copies_of]]] = STATUS_DAMAGED
         damaged = int(np.count_nonzero(statuses))
-        statuses[missing.items.positions[late]] = STATUS_LATE
-        statuses[missing.plan.copies_to[late[missing.plan.copies_of]]] = STATUS_LATE
+        if late is not None:
+            statuses[missing.plan.keys[late]] = STATUS_LATE
+            statuses[missing.plan.copies_to[late[missing.plan.copies_of]]] = STATUS_LATE
         not_ok = int(np.count_nonzero(statuses))
         read -= not_ok
         with self._lock:
             if damaged:  # or gone: the chunk's place on disk is given back when its last session lets go of it
                 self._residency.session(session.session_id, epoch)
-            counters.count_read(read, read * missing.items.item_bytes)
+            counters.count_read(read, read * missing.record_bytes)
             counters.late_records += not_ok - damaged
-            marked = mark_damaged(session, keys[missing.items.positions[bad]], self._parts.counters)
+            marked = mark_damaged(session, keys[missing.plan.keys[bad]], self._parts.counters)
         log_damaged(self._parts.log, session, marked)
         return Fetched(statuses if not_ok else None, ram_records, read)

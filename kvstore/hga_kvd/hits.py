@@ -32,15 +32,12 @@ def fetch_few(parts: Parts, session_id: int, packed: bytes, into: memoryview, ep
         if session is None or session.epoch != epoch or len(packed) % KEY_DTYPE.itemsize:
             return 0
         pool, count = residency.pools[session.pool], len(packed) // KEY_DTYPE.itemsize
-        size, policy = count * pool.slots.record_bytes, pool.policy
+        size = count * pool.slots.record_bytes
         if count > FEW_KEYS or size > min(len(into), FEW_BYTES, parts.settings.fetch_bytes_max):
             return 0
         if pool.view is not None:
-            asked_at = policy.now + count * policy.tick
-            rows, chunks = session.rows, session.chunk_count
-            if not native.fetch_few(pool.view, rows, chunks, packed, count, into[:size], asked_at):
+            if not native.fetch_few(pool.view, session.rows, session.chunk_count, packed, count, into[:size]):
                 return 0
-            policy.now = asked_at
         elif not _fetch_few(session, pool, np.frombuffer(packed, KEY_DTYPE), np.frombuffer(into[:size], np.uint8)):
             return 0
         session.use(now)
@@ -63,9 +60,10 @@ def _fetch_few(session: Session, pool: Pool, keys: Keys, into: U8) -> bool:
 
 
 def find(session: Session, pool: Pool, keys: Keys) -> tuple[Found, int]:
-    """Where the records of these keys are, and how many are VALID. Every slot that is named is pinned.
+    """Where the records of these keys are, and how many are VALID. Every slot that is named is pinned, and its use is
+    counted.
 
-    Raises: KeyOutOfRange, and then nothing is pinned.
+    Raises: KeyOutOfRange, and then nothing was done.
     """
     found = np.empty(len(keys), FOUND)
     if pool.view is not None:
@@ -83,6 +81,7 @@ def find(session: Session, pool: Pool, keys: Keys) -> tuple[Found, int]:
         found[name] = column
     found["start"] = pool.slots.starts(slots, records)
     pool.slots.pin(slots)
+    pool.policy.touch(slots[slots != 0])
     return found, int(np.count_nonzero(state == VALID))
 
 

@@ -26,7 +26,7 @@ from hga_kvd.index import LOST_ROW, NO_SEGMENT
 from hga_kvd.native import CHECKSUM_BYTES_MIN, Batch, Found, Plan
 from hga_kvd.reads import Items, brought, read_again
 from hga_kvd.residency import Pool, Residency
-from hga_kvd.segments import Segment, SegmentLog
+from hga_kvd.segments import Segment, SegmentLog, handles_of
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
@@ -38,12 +38,18 @@ DEADLINE_PART_BYTES = 256 << 10
 
 @dataclass(frozen=True, eq=False)
 class Misses:
-    """Record i of the plan is item i; it goes to its slot or, where that is 0, to its place in the destination."""
+    """Record i of the plan goes to its slot or, where that is 0, to its place in the destination."""
 
     plan: Plan
-    items: Items
+    record_bytes: int
+    handles: I64  # of each record
     segments: tuple[Segment, ...]  # pinned
     fresh: I64  # slots that held nothing, pinned
+
+    def items(self, part: slice) -> Items:
+        p = self.plan
+        columns = self.handles[part], p.offsets[part], p.keys[part], p.seeds[part], p.expected[part]
+        return Items(self.record_bytes, *columns)
 
 
 def plan(
@@ -55,9 +61,8 @@ def plan(
         lost = found[made.lost]
         assert ((lost["row"] == LOST_ROW) | (lost["state"] == BAD)).all(), "a dirty chunk without its slots"
     fresh = made.without_slots() if once else residency.claim(pool, made)
-    segments, handles = log.pin(made.segment_ids) if log and len(made.segment_ids) else ((), made.segment_ids)
-    columns = handles[made.segments], made.offsets, made.keys, made.seeds, made.expected
-    return Misses(made, Items(pool.slots.record_bytes, *columns), segments, fresh)
+    segments = log.hold(made.segment_ids.tolist()) if log else ()
+    return Misses(made, pool.slots.record_bytes, handles_of(segments)[made.segments], segments, fresh)
 
 
 def _plan(pool: Pool, found: Found) -> Plan:
@@ -79,6 +84,7 @@ def _plan(pool: Pool, found: Found) -> Plan:
     made.offsets = table.offset[row] + layer * slots.stride + made.records * slots.record_bytes
     made.seeds = mix(table.uid[row] ^ place_codes(layers, slots.records)[layer, made.records])
     made.expected = table.checksums[row, layer, made.records]
+    made.starts = np.full(len(row), -1)
     return made
 
 
@@ -108,62 +114,59 @@ def bring(
     misses: Misses,
     destination: U8,
     overdue: Callable[[], bool] | None,
-) -> tuple[Bools, Bools, Bools]:
-    """Reads all items, and copies everything that the fetch asked for to the destination, what RAM has while the device
-    reads the rest. Returns which items are bad, which the arena may keep, and which are late.
+) -> tuple[Bools, Bools, Bools | None]:
+    """Reads all records, and copies everything that the fetch asked for to the destination, what RAM has while the device
+    reads the rest. Returns which records are bad, which may stay in their slots, and which are late (None: none).
 
     With a deadline, parts are small, one after another, and none begins once `overdue` says so; what has begun is
     finished: a read that went on behind the answer would write into memory that has another use by then.
     """
-    items, starts, size = misses.items, misses.plan.starts, pool.slots.record_bytes
-    bad, late = np.zeros(len(items), bool), np.zeros(len(items), bool)
-    step = max(1, len(items) if overdue is None else DEADLINE_PART_BYTES // size)
-    for begin in range(0, len(items), step):
+    count, size = len(misses.plan.keys), pool.slots.record_bytes
+    bad, late = np.zeros(count, bool), None
+    step = max(1, count if overdue is None else DEADLINE_PART_BYTES // size)
+    for begin in range(0, count, step):
         assert disk is not None
         if overdue is not None and overdue():
-            late[begin:] = True
+            late = np.arange(count) >= begin
             break
-        part = slice(begin, begin + step)
-        some = items if step == len(items) else items.part(part)
-        bad[part] = _bring(disk, residency, pool, found, some, starts[part], destination)
+        part = slice(begin, min(begin + step, count))
+        bad[part] = _bring(disk, residency, pool, found, misses, part, destination)
         found = found[:0]
     if len(found):
         hits.copy(pool, found, destination)
-    keep = starts >= 0
-    if overdue is not None:
+    keep = ~bad
+    if late is not None:
         keep &= ~late
     if disk is not None and bad.any():
-        keep &= ~bad
-        read_again(disk, items, bad, destination)
+        read_again(disk, misses.items(slice(0, count)), bad, destination)
     if len(misses.plan.copies_to):
-        at, to = items.positions[misses.plan.copies_of], misses.plan.copies_to
+        at, to = misses.plan.keys[misses.plan.copies_of], misses.plan.copies_to
         copy_records(destination.data, at * size, destination.data, to * size, size)
     return bad, keep, late
 
 
 def _bring(
-    disk: Disk, residency: Residency, pool: Pool, found: Found, items: Items, starts: I64, destination: U8
+    disk: Disk, residency: Residency, pool: Pool, found: Found, misses: Misses, part: slice, destination: U8
 ) -> Bools:
-    """Reads, verifies and copies these items, and copies what RAM has; which are wrong. starts: in the arena, or -1."""
-    region, size = residency.arena.region, items.item_bytes
-    batch = None
-    if pool.view is not None and size >= CHECKSUM_BYTES_MIN:
-        columns = starts, items.positions, items.offsets, items.seeds, items.expected
-        batch = Batch.of(size, region, destination, *columns)
-        if disk.bring(items.handles, batch, pool.view, found):
+    """Reads, verifies and copies these records, and copies what RAM has; which of them are wrong."""
+    region, handles, batch = residency.arena.region, misses.handles[part], None
+    if pool.view is not None and misses.record_bytes >= CHECKSUM_BYTES_MIN:
+        batch = Batch.of(pool.view, misses.plan, part, destination)
+        if disk.bring(handles, batch, pool.view, found):
             return batch.wrong_items
+    items, starts = misses.items(part), misses.plan.starts[part]
     wrong = np.ones(len(items), bool)
     # Closed before anything is unpinned, whatever happens: the disk may still write to the slots.
     with contextlib.closing(brought(disk, items, region, destination, starts)) as parts:
-        for part, failed in parts:
+        for few, failed in parts:
             if len(found):
                 hits.copy(pool, found, destination)
                 found = found[:0]
             if batch is not None:
-                native.take(batch, failed, part.start)
-                wrong[part] = batch.wrong_items[part]
+                native.take(batch, failed, few.start)
+                wrong[few] = batch.wrong_items[few]
             else:
-                wrong[part] = _take(items.part(part), failed, region, destination, starts[part])
+                wrong[few] = _take(items.part(few), failed, region, destination, starts[few])
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""The hot path in C (native.c), called with arrays. Each function here has a twin, which its caller uses where `LIBRARY` is
+"""The hot path in C (csrc/), called with arrays. Each function here has a twin, which its caller uses where `LIBRARY` is
 None; STATE says why it is.
 
 What a call is given is checked here or is the engine's own; what the arrays say is checked in C.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from hga_kvd.memory import address_of
 
 if TYPE_CHECKING:
     from hga_kvd.arena import SlotClass
+    from hga_kvd.eviction import Lrfu
     from hga_kvd.index import ChunkTable
 
 U8 = npt.NDArray[np.uint8]
@@ -25,7 +26,7 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Found = npt.NDArray[np.void]
 
-VERSION = 4  # as in native.c
+VERSION = 5  # as in csrc/find.c
 
 # Fewer bytes are copied in less time than another thread needs to take the interpreter's lock and give it back.
 HELD_BYTES_MAX = 256 << 10
@@ -39,7 +40,7 @@ _address, _number, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "find": (_address, _address, _number, _address, _number, _address),
     "unpin": (_address, _address, _number),
-    "fetch_few": (_address, _address, _number, _address, _number, _address, _number, _real),
+    "fetch_few": (_address, _address, _number, _address, _number, _address, _number),
     "copy_hits": (_address, _address, _number, _address, _number),
     "plan": (_address, _address, _number, _address, _address, _number, _address, _address),
     "claim": (_address, _address, _address, _number, _number, _address, _number),
@@ -55,12 +56,13 @@ for _library in LIBRARY or ():
         _function = getattr(_library, f"hga_kvd_{_name}")
         _function.restype, _function.argtypes = _number, _types
 
-# Where a key's record is; `place` of native.c.
-FOUND = np.dtype([(name, np.int64) for name in ("row", "layer", "record", "slot", "state", "start")])
+# Where a key's record is; `place` of csrc/pool.h.
+_PLACE = ("row", "layer", "record", "slot", "state", "start")
+FOUND = np.dtype([*((name, np.int64) for name in _PLACE), ("worth", np.float64)])
 
 
 class Pool(ctypes.Structure):
-    """What C knows of one geometry's chunks and slots; `pool` of native.c."""
+    """What C knows of one geometry's chunks and slots; `pool` of csrc/pool.h."""
 
     _fields_ = [
         *((name, _number) for name in ("layers", "kv_heads", "groups_per_chunk", "record_bytes", "records")),
@@ -68,17 +70,21 @@ class Pool(ctypes.Structure):
         *((name, _number) for name in ("row_count", "row_step", "layer_step")),
         ("slot_of", _address), ("chunk_count", _number),
         *((name, _address) for name in ("segment", "offset", "uid", "checksums")), ("number", _number),
-        *((name, _address) for name in ("state", "pins", "log_worth", "holder", "doomed", "region")),
-        ("region_bytes", _number),
+        *((name, _address) for name in ("state", "pins", "log_worth", "policy_key", "past_key", "past_log_worth")),
+        ("past_count", _number), ("policy_now", _address), ("tick", _real),
+        *((name, _address) for name in ("holder", "doomed", "region")), ("region_bytes", _number),
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, number: int, table: ChunkTable, slots: SlotClass, log_worth: npt.NDArray[np.float64]) -> Pool:
+    def of(cls, number: int, table: ChunkTable, slots: SlotClass, policy: Lrfu) -> Pool:
         geometry, region = table.geometry, slots.units.reshape(-1)
         pool = cls(
             geometry.layers, geometry.kv_heads, geometry.groups_per_chunk, slots.record_bytes, slots.records,
             slots.slot_count, slots.stride, slots.slots_per_page, slots.page_rest,
-            number=number, state=address_of(slots.state), pins=address_of(slots.pins), log_worth=address_of(log_worth),
+            number=number, state=address_of(slots.state), pins=address_of(slots.pins),
+            log_worth=address_of(policy.log_worth), policy_key=address_of(policy.key),
+            past_key=address_of(policy.past.key), past_log_worth=address_of(policy.past.log_worth),
+            past_count=len(policy.past.key), policy_now=address_of(policy.clock), tick=policy.tick,
             holder=address_of(slots.holder), doomed=address_of(slots.doomed),
             region=address_of(region), region_bytes=len(region),
         )  # fmt: skip
@@ -128,24 +134,27 @@ def unpin(pool: Pool, found: Found) -> None:
     LIBRARY.held.hga_kvd_unpin(pool.address, address_of(found), len(found))
 
 
-def fetch_few(pool: Pool, rows: I64, chunk_count: int, packed: bytes, count: int, into: memoryview, now: float) -> bool:
+def fetch_few(pool: Pool, rows: I64, chunk_count: int, packed: bytes, count: int, into: memoryview) -> bool:
     """hga_kvd_fetch_few. packed: of KEY_DTYPE, `count` of them."""
     assert LIBRARY is not None
     call = LIBRARY.held.hga_kvd_fetch_few
-    return bool(call(pool.now(), address_of(rows), chunk_count, packed, count, address_of(into), len(into), now))
+    return bool(call(pool.now(), address_of(rows), chunk_count, packed, count, address_of(into), len(into)))
 
 
 class Plan:
-    """What is to be read; `planned` and the lists of native.c. Columns of records, in the order in which to read them."""
+    """What is to be read; `planned` and the lists of csrc/plan.c. Columns of records, in the order in which to read them."""
 
     def __init__(self, room: int, scratch: int = 0) -> None:
-        """scratch: words behind the columns, the lists and the counts."""
-        self._memory = np.empty(16 * room + 8 + scratch, np.int64)
+        """scratch: words behind the columns, the lists, the counts, and what a Batch writes: reads and wrong."""
+        wrong = 17 * room + 9
+        self._memory = np.empty(wrong + (room + 7) // 8 + scratch, np.int64)
         self.room = room
         self.columns = address_of(self._memory)
         self.lists = self.columns + 8 * 9 * room
         self.counts = self.lists + 8 * 7 * room
-        self.scratch = self.counts + 8 * 8
+        self.reads = self.counts + 8 * 8
+        self.wrong = self.columns + 8 * wrong
+        self.scratch = self.wrong + (room + 7) // 8 * 8
 
     def told(self) -> Plan:
         """Once it is made."""
@@ -161,12 +170,12 @@ class Plan:
         self.awaited, self.lost = lists[2, :awaited], lists[3, :lost]
         self.absent_rows, self.absent_layers = lists[4, :absent], lists[5, :absent]
         self.segment_ids = lists[6, :segments]
+        self.wrong_items = memory[17 * room + 9 :].view(bool)[:count]
         return self
 
     def without_slots(self) -> I64:
         """All of it is read to the destination; no slots are fresh."""
-        self.slots[:] = 0
-        self.starts = np.full(len(self.slots), -1)
+        self.slots[:], self.starts[:] = 0, -1
         return self.slots[:0]
 
     keys: I64
@@ -185,6 +194,7 @@ class Plan:
     absent_rows: I64
     absent_layers: I64
     segment_ids: I64
+    wrong_items: npt.NDArray[np.bool_]  # of a Batch
 
 
 def plan(pool: Pool, found: Found, missing_count: int) -> Plan:
@@ -236,7 +246,7 @@ def put_extents(pool: Pool, slots: I64, source: U8, seeds: U64) -> U64:
 
 
 class Batch(ctypes.Structure):
-    """Records to read; `batch` of native.c. Keeps the arrays alive."""
+    """Records to read; `batch` of csrc/reads.c. Keeps the arrays alive."""
 
     _fields_ = [
         *((name, _number) for name in ("count", "size", "alignment")),
@@ -245,26 +255,25 @@ class Batch(ctypes.Structure):
     ]  # fmt: skip
 
     @classmethod
-    def of(
-        cls, size: int, region: U8, destination: U8, starts: I64, positions: I64, offsets: I64, seeds: U64, expected: U64
-    ) -> Batch:  # fmt: skip
-        """starts: in the region, bytes; -1: read to its place in the destination. All columns of one length, contiguous."""
-        wrong, reads = np.ones(len(starts), bool), np.empty(len(starts) + 1, np.int64)
+    def of(cls, pool: Pool, plan: Plan, part: slice, destination: U8) -> Batch:
+        """This part of the plan, which must be claimed."""
+        first = 8 * part.start
+        column = range(plan.columns + first, plan.columns + 9 * 8 * plan.room + first, 8 * plan.room or 8)
         batch = cls(
-            len(starts), size, 1, address_of(region), len(region), address_of(destination), len(destination),
-            *map(address_of, (starts, positions, offsets)), 0, *map(address_of, (seeds, expected, wrong, reads)),
+            part.stop - part.start, pool.record_bytes, 1, pool.region, pool.region_bytes,
+            address_of(destination), len(destination), column[8], column[0], column[5], 0, column[6], column[7],
+            plan.wrong + part.start, plan.reads,
         )  # fmt: skip
-        assert all(len(column) == len(starts) for column in (positions, offsets, seeds, expected))
-        batch.wrong_items = wrong
-        batch._columns = (region, destination, starts, positions, offsets, seeds, expected, reads)
+        batch.wrong_items = plan.wrong_items[part]
+        batch._memory = plan, destination
         return batch
 
     wrong_items: npt.NDArray[np.bool_]
-    _columns: tuple[npt.NDArray[Any], ...]
+    _memory: tuple[Plan, U8]
 
 
 class Ring(ctypes.Structure):
-    """An io_uring that is set up; `ring` of native.c."""
+    """An io_uring that is set up; `ring` of csrc/reads.c."""
 
     _fields_ = [
         *((name, _number) for name in ("fd", "entries", "queue_depth")),

@@ -67,9 +67,7 @@ class Residency:
             slots = self.arena.slot_class(geometry.record_bytes, geometry.records_per_extent)
             policy = self._policies.setdefault(slots, Lrfu(slots.slot_count))
             table = ChunkTable(geometry, geometry.layers * slots.stride)
-            view = (
-                native.Pool.of(len(self.pools), table, slots, policy.log_worth) if native.LIBRARY is not None else None
-            )
+            view = native.Pool.of(len(self.pools), table, slots, policy) if native.LIBRARY is not None else None
             pool = Pool(len(self.pools), geometry, table, slots, policy, view)
             self.pools.append(pool)
             self._pool_of[geometry] = pool
@@ -211,15 +209,12 @@ class Residency:
         those that hold nothing yet, pinned. End with `end_reads`.
         """
         slots, wanted = pool.slots, len(plan.absent_rows)
-        if len(held := plan.slots[plan.slots != 0]):
-            pool.policy.touch(held)  # asked for, though not for a record that is there
         fresh = slots.take(self.make_room(pool, wanted)) if wanted else plan.absent_rows
-        rows, layers = plan.absent_rows[: len(fresh)], plan.absent_layers[: len(fresh)]
-        if len(fresh):
-            pool.policy.admit(fresh, extent_key(pool.number, rows, layers))
         if pool.view is not None:
             native.claim(pool.view, plan, fresh)
             return fresh
+        rows, layers = plan.absent_rows[: len(fresh)], plan.absent_layers[: len(fresh)]
+        pool.policy.admit(fresh, extent_key(pool.number, rows, layers))
         self.hold(pool, fresh, rows, layers)
         slots.pin(fresh)
         target, given = plan.slots.copy(), (plan.extents >= 0) & (plan.extents < len(fresh))
@@ -231,7 +226,7 @@ class Residency:
         return fresh
 
     def end_reads(self, pool: Pool, plan: Plan, keep: npt.NDArray[np.bool_] | None, fresh: I64) -> None:
-        """keep: which of the records lie verified in their slot; None: none of them."""
+        """keep: which of the records are verified, those in a slot there; None: none of them."""
         good = np.zeros(len(plan.keys), bool) if keep is None else keep
         if pool.view is not None:
             native.settle(pool.view, plan, good, fresh)

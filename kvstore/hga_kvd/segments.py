@@ -89,6 +89,10 @@ def tail_of(segment: Segment) -> Places:
     return places_of([(segment.segment_id, segment.used_bytes, length)] if length > 0 else [])
 
 
+def handles_of(segments: tuple[Segment, ...]) -> I64:
+    return np.array([segment.handle for segment in segments], np.int64)
+
+
 class SegmentLog:
     def __init__(self, disk: Disk, segment_bytes: int, bytes_max: int, reserve_bytes: int) -> None:
         """bytes_max: cap on the sum of segment sizes; 0: none. reserve_bytes: of the file system, never taken: where it is
@@ -257,12 +261,16 @@ class SegmentLog:
 
     def pin(self, segment_of: I64) -> tuple[tuple[Segment, ...], I64]:
         """These segments, none of which is removed before `unpin`, and the handle of each item's."""
-        ids = sorted({*segment_of.tolist()})
-        segments = tuple(self.segments[segment_id] for segment_id in ids)
+        ids, which = np.unique(segment_of, return_inverse=True)
+        segments = self.hold(ids.tolist())
+        return segments, handles_of(segments)[which]
+
+    def hold(self, ids: list[int]) -> tuple[Segment, ...]:
+        """These segments, none of which is removed before `unpin`."""
+        segments = tuple([self.segments[segment_id] for segment_id in ids])
         for segment in segments:
             segment.pins += 1
-        handles = np.array([segment.handle for segment in segments], np.int64)
-        return segments, handles[np.searchsorted(np.array(ids, np.int64), segment_of)]
+        return segments
 
     def unpin(self, segments: tuple[Segment, ...]) -> None:
         for segment in segments:

@@ -47,7 +47,7 @@ def test_the_victim_is_the_one_of_least_worth(requests: list[int], capacity: int
             least = min(map(reference.worth, slot_of))
             assert reference.worth(victim) == pytest.approx(least, rel=1e-9)
             free.append(slot_of.pop(victim))
-        if key in reference.uses and math.isinf(policy._past.worth(np.array([key]))[0]):
+        if key in reference.uses and math.isinf(policy.past.worth(np.array([key]))[0]):
             del reference.uses[key]  # its place in the table was taken: it is new again
         slot_of[key] = free.pop()
         policy.admit([slot_of[key]], [key])
@@ -61,9 +61,9 @@ def test_the_worked_example() -> None:
         policy = Lrfu(2)
         policy.tick = 0.0  # time is set by hand
         policy.admit([0], [10])
-        policy.now = 1.0
+        policy.clock[:] = 1.0
         policy.touch(np.array([0]))
-        policy.now = single_use
+        policy.clock[:] = single_use
         policy.admit([1], [11])
         assert policy.evict(1, none_pinned(2)) == [victim]
 

@@ -25,8 +25,8 @@ from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.index import Session
 from hga_kvd.io_engine import EngineUnavailable
 from hga_kvd.memory import aligned_buffer
+from hga_kvd.misses import Misses
 from hga_kvd.posix_engine import PosixEngine
-from hga_kvd.reads import Items
 from hga_kvd.residency import Pool
 from hga_kvd.testing.oracle import random_keys
 from hga_kvd.uring import UringEngine
@@ -82,16 +82,22 @@ def test_finding_and_copying(seed: int, count: int) -> None:
     chance = np.random.default_rng(seed)
     keys = keys_of(chance, 12, count)
     twin = replace(pool, view=None)
+    pool.policy.log_worth[1:] = chance.choice([np.inf, -1.0, 0.0, 2.5], pool.slots.slot_count - 1)
+    worth = pool.policy.log_worth.copy()
     found, valid = hits.find(session, pool, keys)
+    counted, now = pool.policy.log_worth.copy(), pool.policy.now
+    pool.policy.log_worth[:], pool.policy.clock[:] = worth, 0.0
     pinned = set(np.flatnonzero(pool.slots.pins).tolist())
     hits.unpin(pool, found)
     assert not pool.slots.pins.any()
     expected, expected_valid = hits.find(session, twin, keys)
     assert set(np.flatnonzero(pool.slots.pins).tolist()) == pinned
     hits.unpin(twin, expected)
+    assert counted == pytest.approx(pool.policy.log_worth, rel=1e-12)
+    assert now == pytest.approx(pool.policy.now, rel=1e-12)
     assert valid == expected_valid == np.count_nonzero(found["state"] == VALID)
     named = found["slot"] != 0
-    assert (found[named] == expected[named]).all()
+    assert (found["start"][named] == expected["start"][named]).all()
     for name in ("row", "layer", "record", "slot", "state"):
         assert (found[name] == expected[name]).all()
     ours, theirs = (chance.integers(0, 256, len(keys) * RECORD, np.uint8) for _ in range(2))
@@ -111,7 +117,7 @@ def test_a_few_in_one_call(seed: int, count: int, whole: bool) -> None:
     worth, now = pool.policy.log_worth.copy(), pool.policy.now
     done = hits.fetch_few(engine._parts, session.session_id, keys.tobytes(), ours.data, 0, 1.0)
     found = pool.policy.log_worth.copy(), pool.policy.now
-    pool.policy.log_worth[:], pool.policy.now = worth, now
+    pool.policy.log_worth[:], pool.policy.clock[:] = worth, now
     engine._residency.pools[session.pool] = replace(pool, view=None)
     assert done == hits.fetch_few(engine._parts, session.session_id, keys.tobytes(), theirs.data, 0, 1.0)
     assert (ours == theirs).all()
@@ -163,12 +169,15 @@ def test_a_place_outside_the_arena_is_an_error(seed: int, wrong: int) -> None:
 @given(seeds, st.integers(0, 150), st.sampled_from([0, 2, 1]))
 def test_planning_claiming_and_settling(seed: int, count: int, room_share: int) -> None:
     """Two equal stores, one planned in C and one in numpy: the same order, the same slots, the same states and pins."""
-    results = []
+    results, policies = [], []
     for which in ("native", "twin"):
         engine, session, pool = in_ram(seed)
         chance, table, residency = np.random.default_rng(seed), pool.table, engine._residency
         table.segment[:] = chance.integers(0, 4, len(table.segment))
         table.offset[:] = chance.integers(0, 1 << 30, len(table.offset)) * 512
+        pool.policy.log_worth[1:] = chance.choice([np.inf, -1.0, 0.0, 2.5], pool.slots.slot_count - 1)
+        known = np.arange(12 * WIDE.layers) // WIDE.layers << 10 | np.arange(12 * WIDE.layers) % WIDE.layers
+        pool.policy.past.remember(known[::2], chance.random(len(known[::2])))
         if which == "twin":
             pool = replace(pool, view=None)
         residency.make_room = lambda pool, wanted: wanted * room_share // 2  # type: ignore[method-assign]
@@ -179,7 +188,8 @@ def test_planning_claiming_and_settling(seed: int, count: int, room_share: int) 
         lists = made.copies_to, made.copies_of, made.awaited, made.lost, made.absent_rows, made.absent_layers
         fresh = residency.claim(pool, made)
         claimed = fresh, made.slots, made.starts, made.segment_ids[made.segments], pool.slots.state.copy()
-        where = table.slot.copy(), pool.slots.holder.copy(), pool.policy.log_worth.copy()
+        where = table.slot.copy(), pool.slots.holder.copy(), pool.policy.key.copy()
+        policies.append((pool.policy.log_worth.copy(), pool.policy.now))
         pinned = np.flatnonzero(pool.slots.pins[1:])
         pool.slots.doomed[fresh[::3]] = True
         with residency.lock:
@@ -189,6 +199,9 @@ def test_planning_claiming_and_settling(seed: int, count: int, room_share: int) 
         results.append((*planned, *lists, *claimed, *where, pinned, pool.slots.state.copy()))
     for ours, theirs in zip(*results, strict=True):
         assert np.array_equal(ours, theirs)
+    (worth, now), (twins_worth, twins_now) = policies
+    assert np.allclose(worth, twins_worth, rtol=1e-12, atol=1e-12)
+    assert now == pytest.approx(twins_now, rel=1e-12)
 
 
 @given(seeds, st.sampled_from(["row", "layer", "record", "slot"]), st.sampled_from([-1, 1 << 20, -(1 << 62), 1 << 62]))
@@ -238,6 +251,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Files]:
     posix.shutdown()
 
 
+def misses_of(
+    handles: np.ndarray, starts: np.ndarray, keys: np.ndarray, offsets: np.ndarray, *sums: np.ndarray
+) -> Misses:
+    """Records to read, as if they were planned and claimed."""
+    count = len(handles)
+    made = native.Plan(count)
+    made._memory[16 * count : 16 * count + 8] = [count, *[0] * 7]
+    made.told()
+    made.starts[:], made.keys[:], made.offsets[:] = starts, keys, offsets
+    made.seeds[:], made.expected[:] = sums
+    return Misses(made, RECORD, handles, (), np.zeros(0, np.int64))
+
+
 @given(seeds, st.integers(1, 150))
 def test_reading_verifying_and_copying(files: Files, seed: int, count: int) -> None:
     """Runs and single ones, into slots and past them; damaged, past the end of the file, of a file that is closed."""
@@ -263,14 +289,15 @@ def test_reading_verifying_and_copying(files: Files, seed: int, count: int) -> N
     handles = np.where(chance.random(count) < 0.05, files.handles[1], files.handles[0])
     first = len(residency.arena.region) // 2  # behind what the session has
     starts = np.where(chance.random(count) < 0.7, first + RECORD * chance.permutation(count), -1)
-    items = Items(RECORD, handles, record * RECORD, positions, sums, expected)
+    part = slice(0, count)
     found, _ = hits.find(session, pool, random_keys(chance, WIDE, 2, hit_count))
     found = np.concatenate((found, np.zeros(count, native.FOUND)))
     results = []
     for disk, view in ((files.disk, pool.view), (files.posix, pool.view), (files.posix, None)):
         residency.arena.region[first:] = 0
         into = aligned_buffer((hit_count + count) * RECORD)
-        wrong = misses._bring(disk, residency, replace(pool, view=view), found, items, starts, into)
+        wanted = misses_of(handles, starts, positions, record * RECORD, sums, expected)
+        wrong = misses._bring(disk, residency, replace(pool, view=view), found, wanted, part, into)
         rows = into.reshape(-1, RECORD)
         good = positions[~wrong]
         assert (rows[good] == files.content[there[~wrong]]).all()
@@ -288,23 +315,25 @@ def test_an_item_outside_its_memory_is_an_error(files: Files, seed: int, wrong: 
     engine, session, pool = in_ram(seed, 2)
     starts, positions = np.full(4, -1), np.arange(4)
     (starts if what == "start" and wrong > 0 else positions)[seed % 4] = wrong
-    items = Items(RECORD, np.full(4, files.handles[0]), np.arange(4) * RECORD, positions, *np.zeros((2, 4), np.uint64))
+    handles, sums = np.full(4, files.handles[0]), np.zeros((2, 4), np.uint64)
+    wanted = misses_of(handles, starts, positions, np.arange(4) * RECORD, *sums)
     found, _ = hits.find(session, pool, np.zeros(0, KEY_DTYPE))
     with pytest.raises(AssertionError, match="outside"):
-        misses._bring(files.disk, engine._residency, pool, found, items, starts, aligned_buffer(4 * RECORD))
+        misses._bring(files.disk, engine._residency, pool, found, wanted, slice(0, 4), aligned_buffer(4 * RECORD))
 
 
 def test_a_ring_that_is_refused_fails_its_reads_and_not_the_engine(files: Files) -> None:
     engine, session, pool = in_ram(1, 2)
     found, _ = hits.find(session, pool, np.zeros(0, KEY_DTYPE))
     sums = np.array([xxhash.xxh3_64_intdigest(files.content[at].tobytes(), 0) for at in range(4)], np.uint64)
-    items = Items(
-        RECORD, np.full(4, files.handles[0]), np.arange(4) * RECORD, np.arange(4), np.zeros(4, np.uint64), sums
-    )
+    columns = np.full(4, files.handles[0]), np.full(4, -1), np.arange(4), np.arange(4) * RECORD
 
     def wrong() -> list[bool]:
-        into, starts = aligned_buffer(4 * RECORD), np.full(4, -1)
-        return misses._bring(files.disk, engine._residency, pool, found, items, starts, into).tolist()
+        into, wanted = aligned_buffer(4 * RECORD), misses_of(*columns, np.zeros(4, np.uint64), sums)
+        wrong: list[bool] = misses._bring(
+            files.disk, engine._residency, pool, found, wanted, slice(0, 4), into
+        ).tolist()
+        return wrong
 
     ring = files.disk._io._ring()  # type: ignore[attr-defined]
     ring.view.fd = -1
@@ -361,7 +390,7 @@ def test_under_the_sanitizers(tmp_path: Path) -> None:
         Path(str(hga_kvd.__file__)).parent, tmp_path / "hga_kvd", ignore=shutil.ignore_patterns("__pycache__")
     )
     flags = ["-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-shared", "-fPIC"]
-    build = [compiler, *flags, "-o", str(copy / "_native.abi3.so"), str(copy / "native.c"), "-lm"]
+    build = [compiler, *flags, "-o", str(copy / "_native.abi3.so"), *map(str, copy.glob("csrc/*.c")), "-lm"]
     built = subprocess.run(build, capture_output=True, text=True, check=False)
     library = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     if built.returncode or not Path(library.stdout.strip()).is_absolute():
