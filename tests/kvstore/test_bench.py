@@ -7,12 +7,16 @@ import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hga_kvd.bench.content import Content, WrongBytes
+from hga_kvd.bench.daemon import BenchFailed
 from hga_kvd.bench.decode import merged_reads
 from hga_kvd.bench.meter import Case, Sample, limit
+from hga_kvd.bench.options import Options
+from hga_kvd.bench.run import PROFILES, measure
 from hga_kvd.bench.trace import TraceInvalid, bank_misses, read_trace, synthetic_trace
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry
 from wire import command
@@ -69,16 +73,28 @@ def test_a_trace_comes_back_from_its_file(tmp_path):
     assert np.array_equal(read_trace(packed(tmp_path / "t.npz", trace)), trace)
 
 
-@pytest.mark.parametrize("content", ["text", "no shape", "wrong shape", "pickled"])
+NO_TRACES = ["text", "empty", "array", "no shape", "wrong shape", "half a size", "endless", "too many sizes", "pickled"]
+
+
+@pytest.mark.parametrize("content", NO_TRACES)
 def test_what_is_not_a_trace_is_refused(tmp_path, content):
     path = tmp_path / "t.npz"
     bits = np.zeros((2, 3, 5, 2), np.uint8)
     if content == "text":
         path.write_text("not an archive")
+    elif content == "empty":
+        path.touch()
+    elif content == "array":
+        with path.open("wb") as file:
+            np.save(file, bits)
     elif content == "no shape":
         np.savez(path, trace=bits)
     elif content == "wrong shape":
         np.savez(path, trace=bits, shape=(2, 3, 5, 40))
+    elif content in ("half a size", "endless"):
+        np.savez(path, trace=bits, shape=(2.5 if content == "half a size" else np.inf, 3, 5, 16))
+    elif content == "too many sizes":
+        np.savez(path, trace=bits, shape=((2, 3, 5, 16),))
     else:
         np.savez(path, trace=np.array([object()]), shape=(2, 3, 5, 16))
     with pytest.raises(TraceInvalid):
@@ -216,6 +232,29 @@ def test_the_command_end_to_end(disk_path, tmp_path):
     assert {path.name for path in (tmp_path / "plots").iterdir()} >= {"latency.png", "burst_disk.png"}
 
 
+def test_a_trace_that_asks_for_one_fetch(disk_path, tmp_path):
+    """Of which nothing comes from disk, and which is less than one a sample."""
+    trace = np.zeros((1, 1, 8, 9), bool)
+    trace[:, :, 4, 3] = True
+    options = ("--trace", packed(tmp_path / "t.npz", trace), *tiny(tmp_path)[2:], "--nvme", disk_path, "--repeats", 2)
+    done = run("decode", "mixed", *options, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    assert [case["calls"] for case in json.loads((tmp_path / "out.json").read_text())["cases"]] == [1] * 12
+
+
+def test_a_trace_that_asks_for_nothing(monkeypatch, tmp_path, capsys):
+    """Said in a line; other profiles are measured."""
+    options = Options(trace=np.zeros((2, 1, 8, 8), bool), trace_name="t.npz")
+    with pytest.raises(BenchFailed, match=r"decode: a bank of 64 groups .* t\.npz .*; mixed: a bank"):
+        measure(None, ["decode", "mixed"], options, tmp_path, None, None)
+    one = Case("prefill", "x", "append", "", [sample([1.0])])
+    monkeypatch.setitem(PROFILES, "prefill", lambda *_: iter([one]))
+    daemon = SimpleNamespace(connect=lambda: SimpleNamespace(transport="", huge_pages=0, disconnect=lambda: None))
+    document = measure(daemon, ["decode", "prefill"], options, tmp_path, None, None)
+    assert [case["case"] for case in document["cases"]] == ["x"]
+    assert "decode: a bank of 64 groups" in capsys.readouterr().out
+
+
 def test_an_end_from_outside_leaves_nothing(disk_path, tmp_path):
     """SIGTERM in the middle: the daemon has ended and the directory is gone when the command has."""
     place = disk_path / "place"
@@ -259,6 +298,11 @@ def test_a_running_daemon_is_measured_and_left_as_it_was(daemon, tmp_path):
         (("--depths", "1,x"), "--depths"),
         (("--trace", "/nowhere.npz"), "/nowhere.npz"),
         (("--size", "many"), "'many' is not a size"),
+        (("--size", "1MiB"), "give at least 16MiB"),
+        (("--reads", "3KiB"), "a read of 3072 bytes"),
+        (("--depths", "1,99999"), "99999 reads of 32 KiB"),
+        (("--json", "/nowhere/out.json"), "/nowhere/out.json: No such file"),
+        (("--plots", "/proc/plots"), "/proc/plots: No such file"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments, said):

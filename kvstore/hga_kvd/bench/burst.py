@@ -14,7 +14,7 @@ import numpy as np
 from hga_kvd_client.geometry import KEY_DTYPE, Geometry, Keys
 
 from hga_kvd.bench.daemon import BenchFailed, Daemon
-from hga_kvd.bench.meter import Case, Sample
+from hga_kvd.bench.meter import Case, Sample, Stage
 from hga_kvd.bench.options import Options
 from hga_kvd.bench.probes import RawFile, fio_gb_per_s
 from hga_kvd.bench.session import APPEND_BYTES_MAX, Stopwatch, Stored, filled_session
@@ -33,9 +33,25 @@ def burst_geometry(read_bytes: int) -> tuple[Geometry, int]:
     return geometry, groups
 
 
-def burst(daemon: Daemon, options: Options) -> Iterator[str | Case]:
-    yield from _cold(daemon, options)
-    yield from _hot(daemon, options)
+def check(options: Options) -> None:
+    """Raises: BenchFailed when there can be no such reads, or not so many at once."""
+    for read_bytes in options.reads:
+        burst_geometry(read_bytes)
+    most, size = max(options.depths) * max(options.reads), min(HOT_BYTES_MAX, options.size)
+    if most > size:
+        raise BenchFailed(
+            f"{max(options.depths)} reads of {max(options.reads) >> 10} KiB at once are {most >> 20} MiB, more than the "
+            f"{size >> 20} MiB of which they are a random part: give smaller --depths"
+        )
+
+
+def burst(daemon: Daemon, options: Options) -> Iterator[Stage | Case]:
+    check(options)
+    cases, measured = 2 * len(options.reads) * len(options.depths), 0
+    for part in (_cold(daemon, options), _hot(daemon, options)):
+        for told in part:
+            measured += isinstance(told, Case)
+            yield told if isinstance(told, Case) else Stage(told, measured / cases)
 
 
 def _cold(daemon: Daemon, options: Options) -> Iterator[str | Case]:

@@ -15,11 +15,11 @@ import numpy.typing as npt
 from hga_kvd_client.geometry import Geometry, Keys
 
 from hga_kvd.bench.daemon import Daemon
-from hga_kvd.bench.meter import Case, Sample
+from hga_kvd.bench.meter import Case, NothingToMeasure, Sample, Stage
 from hga_kvd.bench.options import Options
 from hga_kvd.bench.probes import ALIGNMENT, RawFile, fio_gb_per_s
 from hga_kvd.bench.session import APPEND_BYTES_MAX, Stopwatch, filled_session
-from hga_kvd.bench.trace import bank_misses
+from hga_kvd.bench.trace import Misses, bank_misses
 
 I64 = npt.NDArray[np.int64]
 
@@ -35,12 +35,23 @@ def arena_bytes(geometry: Geometry, chunks: int, share: float) -> int:
     return max(int(share * chunks * geometry.chunk_bytes), 2 * max(APPEND_BYTES_MAX, geometry.chunk_bytes))
 
 
-def decode(daemon: Daemon, options: Options) -> Iterator[str | Case]:
-    geometry, chunks = trace_geometry(options)
-    yield f"a bank of {options.bank_groups} groups a KV head before {options.trace_name}"
+def trace_misses(options: Options) -> Misses:
+    """What the bank leaves of the trace's steps. Raises: NothingToMeasure when that is nothing."""
     steps = options.warm_up_steps + options.steps_max
     misses = bank_misses(options.trace[:, :, :steps], options.bank_groups, options.warm_up_steps)
-    yield f"storing {chunks * geometry.chunk_bytes >> 20} MiB"
+    if not len(misses.keys):
+        raise NothingToMeasure(
+            f"a bank of {options.bank_groups} groups a KV head leaves nothing of {options.trace_name} to be fetched: "
+            "give a smaller --bank, or a trace of more steps"
+        )
+    return misses
+
+
+def decode(daemon: Daemon, options: Options) -> Iterator[Stage | Case]:
+    geometry, chunks = trace_geometry(options)
+    yield Stage(f"a bank of {options.bank_groups} groups a KV head before {options.trace_name}")
+    misses = trace_misses(options)
+    yield Stage(f"storing {chunks * geometry.chunk_bytes >> 20} MiB")
     daemon.restart(arena_bytes(geometry, chunks, options.arena))
     connection = daemon.connect()
     raw = None
@@ -49,13 +60,12 @@ def decode(daemon: Daemon, options: Options) -> Iterator[str | Case]:
     of_step: list[Sample] = []
     of_fetch: list[Sample] = []
     fio: list[float] = []
-    reads = 0
     with filled_session(connection, geometry, chunks, "decode") as stored:
         blocks = np.array_split(np.unique(misses.steps), options.repeats)
-        for block in blocks:
+        for number, block in enumerate(blocks):
             if not len(block):
                 continue
-            yield f"decode steps {block[0]} to {block[-1]}"
+            yield Stage(f"decode steps {block[0]} to {block[-1]}", number / len(blocks))
             first, end = np.searchsorted(misses.steps, (block[0], block[-1] + 1))
             watch, from_disk = Stopwatch(daemon.pid), []
             for keys in misses.fetches[first:end]:
@@ -65,11 +75,10 @@ def decode(daemon: Daemon, options: Options) -> Iterator[str | Case]:
             sample = watch.sample(size, disk_bytes, None)
             if raw is not None:
                 batches = [merged_reads(geometry, keys) for keys in from_disk if len(keys)]
-                reads += sum(len(offsets) for offsets, _ in batches)
                 sample = replace(sample, reference_s=sum(raw.read_s(*batch) for batch in batches))
                 depth = max(1, round(sum(len(offsets) for offsets, _ in batches) / max(1, len(batches))))
                 speed = fio_gb_per_s(raw.path, "randread", raw.size, geometry.record_bytes, depth, options.seconds)
-                fio += [disk_bytes / speed / 1e9 / sample.total_s] if speed else []
+                fio += [disk_bytes / speed / 1e9 / sample.total_s] if speed and disk_bytes else []
             of_fetch.append(sample)
             of_step.append(replace(sample, seconds=_by_step(sample.seconds, misses.steps[first:end], block)))
     parameters = {

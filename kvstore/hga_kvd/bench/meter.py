@@ -18,6 +18,18 @@ import numpy.typing as npt
 LIMIT_SHARE_MIN = 0.5
 
 
+class NothingToMeasure(Exception):
+    """A profile has no case with these options; the text says why. The others are measured."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a profile is about to do, and how much of it is done, 0 to 1."""
+
+    text: str
+    done: float = 0.0
+
+
 @dataclass(frozen=True)
 class Sample:
     """seconds: [calls], what a caller waited, nothing else in it. bytes: of all calls; disk_bytes: those of the disk.

@@ -15,11 +15,10 @@ import numpy as np
 from hga_kvd_client.keys import extent_keys
 
 from hga_kvd.bench.daemon import BenchFailed, Daemon
-from hga_kvd.bench.decode import arena_bytes, trace_geometry
-from hga_kvd.bench.meter import Case, Sample
+from hga_kvd.bench.decode import arena_bytes, trace_geometry, trace_misses
+from hga_kvd.bench.meter import Case, Sample, Stage
 from hga_kvd.bench.options import Options
 from hga_kvd.bench.session import Stopwatch, filled_session
-from hga_kvd.bench.trace import bank_misses
 
 # Name, what the loader does, its tenant; the fetches that are measured are of tenant "".
 LOADS = (
@@ -33,12 +32,10 @@ RAM_RECORDS = 8
 STOP_S = 60
 
 
-def mixed(daemon: Daemon, options: Options) -> Iterator[str | Case]:
+def mixed(daemon: Daemon, options: Options) -> Iterator[Stage | Case]:
     geometry, chunks = trace_geometry(options)
-    yield f"storing {chunks * geometry.chunk_bytes >> 20} MiB"
-    misses = bank_misses(
-        options.trace[:, :, : options.warm_up_steps + options.steps_max], options.bank_groups, options.warm_up_steps
-    )
+    misses = trace_misses(options)
+    yield Stage(f"storing {chunks * geometry.chunk_bytes >> 20} MiB")
     daemon.restart(arena_bytes(geometry, chunks, options.arena))
     connection = daemon.connect()
     replayed: dict[str, list[Sample]] = {name: [] for name, *_ in LOADS}
@@ -50,9 +47,10 @@ def mixed(daemon: Daemon, options: Options) -> Iterator[str | Case]:
         few = extent_keys(geometry, 0, 0, 1)[:RAM_RECORDS]
         # Blocks of fetches in turns: each block runs once under each load, so all loads see the same fetches.
         fetches = misses.fetches
-        for number, block in enumerate(np.array_split(np.arange(len(fetches)), options.repeats)):
-            for name, load, tenant in LOADS:
-                yield f"decode {name}, {number + 1} of {options.repeats}"
+        repeats = min(options.repeats, len(fetches))
+        for number, block in enumerate(np.array_split(np.arange(len(fetches)), repeats)):
+            for place, (name, load, tenant) in enumerate(LOADS):
+                yield Stage(f"decode {name}, {number + 1} of {repeats}", (number + place / len(LOADS)) / repeats)
                 with _beside(daemon, load, tenant):
                     watches = Stopwatch(daemon.pid), Stopwatch(daemon.pid)
                     for row in block:

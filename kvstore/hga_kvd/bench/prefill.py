@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from hga_kvd.bench.burst import burst_geometry
 from hga_kvd.bench.daemon import Daemon
-from hga_kvd.bench.meter import Case
+from hga_kvd.bench.meter import Case, Stage
 from hga_kvd.bench.options import Options
 from hga_kvd.bench.probes import fio_gb_per_s
 from hga_kvd.bench.session import APPEND_BYTES_MAX, Stopwatch, empty_session
@@ -19,14 +19,14 @@ PREFILL_BYTES_MAX = 512 << 20
 FIO_DEPTH = 8
 
 
-def prefill(daemon: Daemon, options: Options) -> Iterator[str | Case]:
+def prefill(daemon: Daemon, options: Options) -> Iterator[Stage | Case]:
     geometry, _ = burst_geometry(8192)
     size = min(options.size, PREFILL_BYTES_MAX)
     daemon.restart(max(32 << 20, size // 4))  # so that most of it must be written while it is appended
     connection = daemon.connect()
     samples = []
     for repeat in range(options.repeats):
-        yield f"append and flush, {repeat + 1} of {options.repeats}"
+        yield Stage(f"append and flush, {repeat + 1} of {options.repeats}", repeat / options.repeats)
         speed = None
         if daemon.place is not None:
             path = daemon.place / "fio.bin"

@@ -15,7 +15,7 @@ from hga_kvd_client.keys import extent_keys
 
 from hga_kvd.bench.content import WrongBytes
 from hga_kvd.bench.daemon import Daemon
-from hga_kvd.bench.meter import Case
+from hga_kvd.bench.meter import Case, Stage
 from hga_kvd.bench.options import Options
 from hga_kvd.bench.probes import RawFile
 from hga_kvd.bench.session import Stopwatch, Stored, filled_session
@@ -27,10 +27,10 @@ CHUNKS_MAX = 64
 ARENA_BYTES = 128 << 20
 
 
-def resume(daemon: Daemon, options: Options) -> Iterator[str | Case]:
+def resume(daemon: Daemon, options: Options) -> Iterator[Stage | Case]:
     g = GEOMETRY
     chunks = max(SINK_CHUNKS + RECENT_CHUNKS, min(CHUNKS_MAX, options.size // g.chunk_bytes))
-    yield f"storing {chunks * g.chunk_bytes >> 20} MiB"
+    yield Stage(f"storing {chunks * g.chunk_bytes >> 20} MiB")
     daemon.restart(ARENA_BYTES)
     connection = daemon.connect()
     raw = None
@@ -44,7 +44,7 @@ def resume(daemon: Daemon, options: Options) -> Iterator[str | Case]:
         connection.flush(stored.session_id)
         name = connection.info(stored.session_id).name
         for repeat in range(options.repeats):
-            yield f"resume, {repeat + 1} of {options.repeats}"
+            yield Stage(f"resume, {repeat + 1} of {options.repeats}", repeat / options.repeats)
             connection.park(stored.session_id)
             daemon.restart(ARENA_BYTES)
             reader = daemon.connect()

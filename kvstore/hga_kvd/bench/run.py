@@ -11,7 +11,7 @@ from typing import Any
 
 from hga_kvd_client.errors import KvdError
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hga_kvd import __version__
 from hga_kvd.bench import report
@@ -19,14 +19,14 @@ from hga_kvd.bench.burst import burst
 from hga_kvd.bench.daemon import BenchFailed, Daemon
 from hga_kvd.bench.decode import decode
 from hga_kvd.bench.machine import machine
-from hga_kvd.bench.meter import Case
+from hga_kvd.bench.meter import Case, NothingToMeasure, Stage
 from hga_kvd.bench.mixed import mixed
 from hga_kvd.bench.options import Options
 from hga_kvd.bench.prefill import prefill
 from hga_kvd.bench.probes import memcpy_gb_per_s
 from hga_kvd.bench.resume import resume
 
-PROFILES: dict[str, Callable[[Daemon, Options], Iterator[str | Case]]] = {
+PROFILES: dict[str, Callable[[Daemon, Options], Iterator[Stage | Case]]] = {
     "decode": decode,
     "burst": burst,
     "prefill": prefill,
@@ -44,24 +44,30 @@ def measure(
     if not console.is_terminal:
         console.width = LINE_WIDTH
     cases: list[Case] = []
-    bar = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    notes: list[str] = []
+    bar = (SpinnerColumn(), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*bar, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("a memcpy", total=None)
+        task = progress.add_task("a memcpy", total=len(profiles))
         memory_gb_per_s = memcpy_gb_per_s()
         try:
-            for name in profiles:
-                for told in PROFILES[name](daemon, options):
-                    if isinstance(told, Case):
-                        cases.append(told)
-                    else:
-                        progress.update(task, description=f"{name}: {told}")
+            for number, name in enumerate(profiles):
+                try:
+                    for told in PROFILES[name](daemon, options):
+                        if isinstance(told, Case):
+                            cases.append(told)
+                        else:
+                            progress.update(task, description=f"{name}: {told.text}", completed=number + told.done)
+                except NothingToMeasure as reason:
+                    notes.append(f"{name}: {reason}")
         except KvdError as error:
             raise BenchFailed(f"{type(error).__name__}: {error}") from error
+    if not cases:
+        raise BenchFailed("; ".join(notes))
     connection = daemon.connect()
     way = {"transport": connection.transport, "landing": "huge pages" if connection.huge_pages else "4 KiB pages"}
     connection.disconnect()
     console.print(report.table(cases, memory_gb_per_s))
-    console.print(*report.legend(cases, memory_gb_per_s), sep="\n", highlight=False)
+    console.print(*report.legend(cases, memory_gb_per_s), *notes, sep="\n", highlight=False)
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,

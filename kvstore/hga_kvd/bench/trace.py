@@ -6,6 +6,7 @@ a byte by numpy.packbits, and `shape`, the four sizes.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +30,19 @@ class TraceInvalid(Exception):
 def read_trace(path: Path) -> Trace:
     """Raises: TraceInvalid, OSError."""
     try:
-        with np.load(path) as file:
-            packed, shape = file["trace"], tuple(int(size) for size in file["shape"])
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+        zipfile.ZipFile(path).close()  # numpy would take what is none for an array of its own, or for a pickle
+        with np.load(path, allow_pickle=False) as file:
+            packed, sizes = file["trace"], file["shape"]
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
         raise TraceInvalid(f"{path} is not a trace: {error}") from error
-    if packed.dtype != np.uint8 or packed.ndim != 4 or len(shape) != 4 or min(shape) < 1:
-        raise TraceInvalid(f"{path}: `trace` must be uint8 of 4 dimensions and `shape` four sizes from 1 on")
+    if packed.dtype != np.uint8 or packed.ndim != 4:
+        raise TraceInvalid(f"{path}: `trace` must be uint8 of 4 dimensions")
+    if sizes.dtype.kind not in "iu" or sizes.shape != (4,) or sizes.min() < 1:
+        raise TraceInvalid(f"{path}: `shape` must be four integers from 1 on")
+    shape = tuple(sizes.tolist())
     if packed.shape != (*shape[:3], -(-shape[3] // 8)):
         raise TraceInvalid(f"{path}: `trace` has shape {packed.shape}, which is not {shape} with 8 groups to a byte")
-    if int(np.prod(shape)) > TRACE_BYTES_MAX:
+    if math.prod(shape) > TRACE_BYTES_MAX:
         raise TraceInvalid(f"{path}: {shape} unpacked is over {TRACE_BYTES_MAX} bytes")
     return np.unpackbits(packed, axis=-1, count=shape[3]).astype(bool)
 

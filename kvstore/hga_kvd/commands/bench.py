@@ -15,9 +15,12 @@ import typer
 
 from hga_kvd import config
 
+PROFILES_HELP = "decode, burst, prefill, resume, mixed; default: all of them."
+SIZE_MIN, SIZE_UNIT = 16 << 20, 1 << 20  # what a fetch of the default depths is a part of; a chunk of the burst
+
 
 def bench(
-    profiles: Annotated[list[str] | None, typer.Argument(metavar="[PROFILE]...", help="Default: all of them.")] = None,
+    profiles: Annotated[list[str] | None, typer.Argument(metavar="[PROFILE]...", help=PROFILES_HELP)] = None,
     target: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Measure this running daemon, not a temporary one.")
     ] = None,
@@ -43,6 +46,7 @@ def bench(
 ) -> None:
     """Measures fetch and append on this box, beside the disk and the memory alone, and says what limits them."""
     # The client library and what goes with it, which the daemon does without.
+    from hga_kvd.bench.burst import check  # noqa: PLC0415
     from hga_kvd.bench.content import WrongBytes  # noqa: PLC0415
     from hga_kvd.bench.daemon import BenchFailed, running_daemon, temporary_daemon  # noqa: PLC0415
     from hga_kvd.bench.options import Options  # noqa: PLC0415
@@ -54,7 +58,7 @@ def bench(
         options = Options(
             trace=read_trace(trace) if trace else synthetic_trace(),
             trace_name=trace.name if trace else "synthetic",
-            size=config.parse_size(size),
+            size=_size(size),
             reads=tuple(config.parse_size(text) for text in reads.split(",")),
             depths=_counts(depths),
             repeats=repeats,
@@ -64,15 +68,20 @@ def bench(
             bank_groups=bank,
             steps_max=steps,
         )
+        options = options.quick() if quick else options
+        if "burst" in names:
+            check(options)
         address = config.parse_target(target) if target else None
-    except (ValueError, OSError, TraceInvalid) as error:
-        print(f"hga-kvd: {error}", file=sys.stderr)
+        _make_places(as_json, plots)
+    except (ValueError, OSError, TraceInvalid, BenchFailed) as error:
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"hga-kvd: {said}", file=sys.stderr)
         raise typer.Exit(2) from None
     directory = nvme or Path.cwd()
     logging.getLogger("hga_kvd_client").setLevel(logging.ERROR)  # daemons of ours are restarted: no news
     try:
         with running_daemon(address, nvme) if address else temporary_daemon(directory) as daemon:
-            measure(daemon, names, options.quick() if quick else options, directory, as_json, plots)
+            measure(daemon, names, options, directory, as_json, plots)
     except (BenchFailed, WrongBytes) as error:
         print(f"hga-kvd: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -83,6 +92,21 @@ def _known(names: list[str], profiles: list[str]) -> list[str]:
         if name not in profiles:
             raise ValueError(f"there is no profile {name!r}; there are {', '.join(profiles)}")
     return names
+
+
+def _make_places(as_json: Path | None, plots: Path | None) -> None:
+    """What cannot be written is better known before minutes of measuring. Raises: OSError."""
+    if as_json is not None:
+        as_json.open("a").close()
+    if plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+
+
+def _size(text: str) -> int:
+    size = config.parse_size(text)
+    if size < SIZE_MIN:
+        raise ValueError(f"option --size: {text!r} is too little to measure; give at least {SIZE_MIN >> 20}MiB")
+    return size - size % SIZE_UNIT
 
 
 def _counts(text: str) -> tuple[int, ...]:
