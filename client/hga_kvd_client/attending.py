@@ -1,6 +1,6 @@
 """Attention of one block of tokens in one layer: the window, and what is opened of the stored groups.
 
-One token, routed: route, plan on the bank, fetch what it misses, take it, attend; in that order, each once. A block of
+One token, routed: route, plan on the bank, fetch what it misses, keep it, attend; in that order, each once. A block of
 several tokens is exact over everything stored, tile by tile, or routed 64 tokens at a time with the paper's
 visibility. Attention is exact over what is opened.
 """
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hga_kvd_client import native
 from hga_kvd_client.answers import Fetched
-from hga_kvd_client.attention import ExactAttention, FlashAttention, decode_attention, window_scores
-from hga_kvd_client.bank import Bank, Plan
+from hga_kvd_client.attention import ExactAttention, FlashAttention, decode_attention
+from hga_kvd_client.bank import Bank, Kept, Plan
 from hga_kvd_client.device_attending import DeviceAttending
 from hga_kvd_client.held import Held
 from hga_kvd_client.keys import record_keys
@@ -58,10 +59,13 @@ class Attending:
         first_group = first * geometry.groups_per_chunk
         values = geometry.kv_heads * (end - first) * geometry.chunk_tokens * geometry.head_dim
         with _one_core() if q.device.type == "cpu" and values <= ONE_CORE_VALUES_MAX else contextlib.nullcontext():
-            near = window_scores(q, window_k, scale)
-            mask = self._routing.route(layer, q, scale, first, end, near.logsumexp(2))
-            plan, answer, (k, v, valid) = self._open(layer, mask, first_group)
-            out = decode_attention(q, window_k, window_v, scale, k, v, valid, near)
+            mask, near = self._routing.route_one(layer, q, scale, first, end, window_k)
+            plan, answer, kept = self._open(layer, mask, first_group)
+            bank = self._bank(layer)
+            if kept.over is None and native.serves(q, window_k):
+                out = native.attend(q, scale, window_k, window_v, near, bank.records, kept.places, plan.counts)
+            else:
+                out = decode_attention(q, window_k, window_v, scale, *bank.gather(plan, kept), near)
         if answer is not None:
             stats.ram_bytes += answer.ram_records * geometry.record_bytes
             stats.nvme_bytes += answer.nvme_records * geometry.record_bytes
@@ -128,17 +132,15 @@ class Attending:
     def resident_bytes(self) -> int:
         return sum(bank.resident_bytes() for bank in self.banks) + self.on_device.resident_bytes()
 
-    def _open(
-        self, layer: int, mask: Tensor, first_group: int
-    ) -> tuple[Plan, Fetched | None, tuple[Tensor, Tensor, Tensor]]:
-        """Records of what the mask opens, from the bank and the daemon: the plan, the fetch, and what Bank.take gives."""
+    def _open(self, layer: int, mask: Tensor, first_group: int) -> tuple[Plan, Fetched | None, Kept]:
+        """What the mask opens, from the bank and the daemon: the plan, the fetch, and where the records are now."""
         geometry, bank = self._stored.geometry, self._bank(layer)
         plan = bank.plan(mask, first_group, self.step)
         if not plan.misses:
-            return plan, None, bank.take(plan, None)
+            return plan, None, bank.keep(plan, None)
         answer = self._stored.fetch(record_keys(layer, *plan.missing()))
         shape = (plan.misses, 2, geometry.group_tokens, geometry.head_dim)
-        return plan, answer, bank.take(plan, self._stored.as_tensor(answer.records, shape))
+        return plan, answer, bank.keep(plan, self._stored.as_tensor(answer.records, shape))
 
     def _add_routed(self, attention: ExactAttention, layer: int, q: Tensor, scale: float, first: int, end: int) -> None:
         """Adds what these tokens route to. A token sees what it or an earlier one of them asked for."""
@@ -146,7 +148,8 @@ class Attending:
         sees = causal_union(self._routing.route(layer, q, scale, first, end, near))
         self.step += 1  # what the last tokens opened may go now
         first_group = first * self._stored.geometry.groups_per_chunk
-        plan, answer, (k, v, valid) = self._open(layer, sees[:, -1], first_group)
+        plan, answer, kept = self._open(layer, sees[:, -1], first_group)
+        k, v, valid = self._bank(layer).gather(plan, kept)
         if answer is not None:
             self._count_prefill(answer)
         columns = np.zeros(valid.shape, np.int64)

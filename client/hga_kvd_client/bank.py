@@ -1,7 +1,7 @@
 """The bank: records of one layer that were opened lately, the least recently opened ones leaving first.
 
 Per KV head `slots` places and a page table from group to slot. A step is: `plan` what the mask opens, fetch the
-misses of the plan, `take` them; if the fetch fails, the bank is as it was. Everything opened is attended, also when
+misses of the plan, `keep` them; if the fetch fails, the bank is as it was. Everything opened is attended, also when
 more is opened than there are slots: what does not fit is used once and not kept. Only records are on the device: what is
 opened must be known to the host anyway, so the bookkeeping is there, in numpy, on whole batches.
 """
@@ -9,6 +9,7 @@ opened must be known to the host anyway, so the bookkeeping is there, in numpy, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,14 @@ class Plan:
         return self.heads[self.missed], self.groups[self.missed]
 
 
+class Kept(NamedTuple):
+    """Where a plan's records are: slots, a row each. over: rows that found no room, in used_once [K and V, rows, values]."""
+
+    places: I64
+    over: I64 | None = None
+    used_once: Tensor | None = None
+
+
 class Bank:
     """records: [K and V, kv_heads, slots, group_tokens, head_dim]; zero where nothing is held yet, so always finite."""
 
@@ -80,36 +89,42 @@ class Bank:
             step=step,
         )
 
-    def take(self, plan: Plan, fetched: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Keeps what was fetched, as far as it fits, and returns everything the plan opened.
+    def keep(self, plan: Plan, fetched: Tensor | None) -> Kept:
+        """Keeps what was fetched, as far as it fits: where everything is that the plan opened.
 
         fetched: [misses, K and V, group_tokens, head_dim], in the order of plan.missing(); None if there are none.
+        """
+        if fetched is None:
+            return Kept(plan.slots)
+        _, kv_heads, slots, group_tokens, dim = self.records.shape
+        record = self.records.view(2, kv_heads * slots, group_tokens * dim)
+        fetched = fetched.reshape(plan.misses, 2, -1).transpose(0, 1).to(record.device)
+        landed, missed = self._admit(plan), plan.missed
+        fits = landed >= 0
+        places = plan.slots.copy()
+        places[missed] = landed.clip(0)
+        kept = Kept(places)
+        if not fits.all():
+            kept = Kept(places, missed[~fits], fetched[:, self._on_device(~fits)])
+            fetched, landed, missed = fetched[:, self._on_device(fits)], landed[fits], missed[fits]
+        record.index_copy_(1, self._on_device(landed + plan.heads[missed] * slots), fetched)
+        return kept
+
+    def gather(self, plan: Plan, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies together everything the plan opened.
+
         Returns k, v: [kv_heads, groups * group_tokens, head_dim], padded with old records, and valid: bool [kv_heads,
         groups], False at padding.
         """
         _, kv_heads, slots, group_tokens, dim = self.records.shape
         record = self.records.view(2, kv_heads * slots, group_tokens * dim)
-        place, over = plan.slots, None
-        if fetched is not None:
-            fetched = fetched.reshape(plan.misses, 2, -1).transpose(0, 1).to(record.device)
-            landed = self._admit(plan)
-            fits = landed >= 0
-            place = place.copy()
-            place[plan.missed] = landed.clip(0)
-            if not fits.all():
-                over = plan.missed[~fits]
-                used_once = fetched[:, self._on_device(~fits)]
-                fetched = fetched[:, self._on_device(fits)]
-            rows = landed[fits] + plan.heads[plan.missed[fits]] * slots
-            record.index_copy_(1, self._on_device(rows), fetched)
-
         width = int(plan.counts.max())
         where = np.zeros((kv_heads, width), np.int64)
-        where[plan.heads, plan.ranks] = place
+        where[plan.heads, plan.ranks] = kept.places
         where += np.arange(0, kv_heads * slots, slots)[:, None]
         opened = record.index_select(1, self._on_device(where.reshape(-1)))
-        if over is not None:
-            opened[:, self._on_device(plan.heads[over] * width + plan.ranks[over])] = used_once
+        if kept.over is not None and kept.used_once is not None:
+            opened[:, self._on_device(plan.heads[kept.over] * width + plan.ranks[kept.over])] = kept.used_once
         k, v = opened.view(2, kv_heads, width * group_tokens, dim).unbind(0)
         return k, v, self._on_device(np.arange(width) < plan.counts[:, None])
 

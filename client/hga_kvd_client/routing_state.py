@@ -16,11 +16,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hga_kvd_client import native
+from hga_kvd_client.attention import window_scores
 from hga_kvd_client.errors import InvalidRequest
 from hga_kvd_client.geometry import Bytes, Geometry
 from hga_kvd_client.options import Rope, SessionOptions
 from hga_kvd_client.routing import route_all, route_hga, route_sketch
-from hga_kvd_client.sketch import Basis, SketchSpec, log_mass
+from hga_kvd_client.sketch import Basis, SketchSpec, log_mass, sizes
 from hga_kvd_client.sketches import BasisSearch, Sketches
 from hga_kvd_client.summaries import Summaries, Turns, grown, mixed_mean
 
@@ -223,6 +225,24 @@ class RoutingState:
         masses = log_mass(store.spec, z, offset, store.records[layer, :, first:end])
         budget = options.sketch_groups * q.shape[0]
         return route_sketch(masses.view(*q.shape[:-1], -1), near, budget, options.cover)
+
+    def route_one(
+        self, layer: int, q: Tensor, scale: float, first: int, end: int, window_k: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `route`, of one token, q [kv_heads, ratio, head_dim], and its window_scores. window_k: as of Window.layer."""
+        options, store = self._options, self.store
+        if (
+            isinstance(store, Sketches)
+            and options.cover == 1
+            and store.spec.group_tokens == 16
+            and native.serves(q, window_k)
+        ):
+            assert store.count >= end, "the session brings the store up before it routes"
+            basis, records = store.layer_basis(layer), store.records[layer, :, first:end]
+            budget = options.sketch_groups * q.shape[0]
+            return native.route(sizes(store.spec), q, scale, window_k, basis.to_z, basis.centre, records, budget)
+        near = window_scores(q, window_k, scale)
+        return self.route(layer, q, scale, first, end, near.logsumexp(2)), near
 
     def opened_most(self, ratio: int) -> int:
         """Groups that a KV head of so many query heads can open in a step, as the device's step counts: a power of two,

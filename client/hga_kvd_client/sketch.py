@@ -220,13 +220,15 @@ def log_mass(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Te
     served = records.device.type == "cpu" and spec.group_tokens == 16 and spec.head_dim <= native.DIMS_MAX
     if native.LIBRARY is None or not served:
         return log_mass_twin(spec, z, offset, records)
-    return native.log_mass(_sizes(spec), z, offset, records)
+    return native.log_mass(sizes(spec), z, offset, records)
 
 
 @functools.cache
-def _sizes(spec: SketchSpec) -> native.Spec:
-    sizes = (spec.head_dim, spec.dims4, spec.dims2, spec.groups_per_chunk, spec.blocks)
-    return native.Spec(*sizes, native.FLOAT8.data_ptr())
+def sizes(spec: SketchSpec) -> native.Spec:
+    """As C knows them."""
+    return native.Spec(
+        spec.head_dim, spec.dims4, spec.dims2, spec.groups_per_chunk, spec.blocks, native.FLOAT8.data_ptr()
+    )
 
 
 def log_mass_twin(spec: SketchSpec, z: Tensor, offset: Tensor, records: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def test_against_lru(case):
         heads, groups = again.missing()
         assert list(zip(heads.tolist(), groups.tolist(), strict=True)) == expected
         fetched = torch.stack([record(h, g) for h, g in expected]) if expected else None
-        k, v, valid = bank.take(again, fetched)
+        k, v, valid = bank.gather(again, bank.keep(again, fetched))
 
         for h in range(kv_heads):
             valid_tokens = valid[h].repeat_interleave(TOKENS)
@@ -86,7 +86,7 @@ def test_against_lru(case):
 
 def test_a_table_that_grows_keeps_what_it_knows():
     bank = Bank(1, 4, TOKENS, DIM, torch.float32, torch.device("cpu"))
-    bank.take(bank.plan(torch.tensor([[True, True]]), 0, 0), torch.stack([record(0, 0), record(0, 1)]))
+    bank.keep(bank.plan(torch.tensor([[True, True]]), 0, 0), torch.stack([record(0, 0), record(0, 1)]))
     wide = torch.zeros(1, 5000, dtype=torch.bool)
     wide[0, [1, 4999]] = True
     plan = bank.plan(wide, 0, 1)

@@ -1,4 +1,4 @@
-"""Routing in C gives what its twin in PyTorch gives, for any sizes and any bytes; and once more under the sanitizers."""
+"""Routing and attention in C give what their twins in PyTorch give, for any sizes and bytes; and under the sanitizers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hga_kvd_client import native
-from hga_kvd_client.sketch import SketchSpec, log_mass, log_mass_twin
+from hga_kvd_client.attention import decode_attention, window_scores
+from hga_kvd_client.bank import Bank
+from hga_kvd_client.routing import route_sketch
+from hga_kvd_client.sketch import Basis, SketchSpec, encode, log_mass, log_mass_twin, sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,8 +49,6 @@ def test_as_the_twin(spec, kv_heads, queries, chunks, before, seed):
 
 
 def test_as_the_twin_where_scores_are_those_of_keys():
-    from hga_kvd_client.sketch import Basis, encode  # noqa: PLC0415
-
     torch.manual_seed(0)
     spec, none = SketchSpec.of_basis(64), Basis.none(3, 64, torch.device("cpu"))
     records = encode(spec, none, torch.randn(40, 3, 64, 64)).transpose(0, 1)
@@ -54,6 +56,76 @@ def test_as_the_twin_where_scores_are_those_of_keys():
     torch.testing.assert_close(
         log_mass(spec, z, offset, records), log_mass_twin(spec, z, offset, records), rtol=2e-6, atol=1e-4
     )
+
+
+def window_of(kv_heads, tokens, dim, generator):
+    """K and V as a session's window has them: slices of buffers with room behind."""
+    return torch.randn(2, kv_heads, tokens + 3, dim, generator=generator)[:, :, :tokens]
+
+
+@settings(max_examples=60)
+@given(
+    kv_heads=st.integers(1, 3), ratio=st.integers(1, 9), dim=st.sampled_from([4, 5, 64, 80, 96, 128, 256]),
+    chunks=st.integers(1, 5), window=st.integers(1, 70), budget=st.integers(0, 30), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_routes_as_the_twin(kv_heads, ratio, dim, chunks, window, budget, seed):
+    """What is opened has the most mass: the twin's masses say so, up to what float32 cannot tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = SketchSpec(dim, dim // 4, dim // 2, 64, 16)
+    basis = Basis(
+        *torch.randn(2, kv_heads, dim, dim, generator=generator) / dim, torch.randn(kv_heads, dim, generator=generator)
+    )
+    keys = torch.randn(chunks + 1, kv_heads, 64, dim, generator=generator) * dim**0.5
+    records = encode(spec, basis, keys).transpose(0, 1).contiguous()[:, 1:]
+    q = torch.randn(kv_heads, ratio, dim, generator=generator)
+    window_k = window_of(kv_heads, window, dim, generator)[0]
+    opened, near = native.route(sizes(spec), q, 0.3, window_k, basis.to_z, basis.centre, records, budget)
+    torch.testing.assert_close(near, window_scores(q, window_k, 0.3), rtol=1e-5, atol=1e-4)
+    far = log_mass_twin(spec, *basis.project(q * 0.3), records).view(kv_heads, ratio, -1)
+    everything = torch.cat((far, near.logsumexp(2)[..., None]), -1)
+    mass = everything.softmax(-1)[..., :-1].sum(1)
+    assert int(opened.sum()) == min(budget, mass.numel())
+    if opened.any() and not opened.all():
+        assert float(mass[opened].min()) >= float(mass[~opened].max()) * (1 - 1e-4) - 1e-9
+    wanted = route_sketch(far, near.logsumexp(2), budget)
+    assert float(mass[wanted].sum()) == pytest.approx(float(mass[opened].sum()), rel=1e-4, abs=1e-7)
+
+
+@settings(max_examples=60)
+@given(
+    kv_heads=st.integers(1, 3), ratio=st.integers(1, 9), dim=st.sampled_from([1, 5, 16, 64, 80, 200, 512]),
+    group_tokens=st.sampled_from([4, 16]), slots=st.integers(1, 9), window=st.integers(1, 70),
+    spread=st.sampled_from([1.0, 30.0]), known=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_attends_as_the_twin(kv_heads, ratio, dim, group_tokens, slots, window, spread, known, seed):
+    generator = torch.Generator().manual_seed(seed)
+    bank = Bank(kv_heads, slots, group_tokens, dim, torch.float32, torch.device("cpu"))
+    plan = bank.plan(torch.rand(kv_heads, slots, generator=generator) < 0.6, 3, 0)
+    fetched = torch.randn(plan.misses, 2, group_tokens, dim, generator=generator)
+    kept = bank.keep(plan, fetched if plan.misses else None)
+    q = torch.randn(kv_heads, ratio, dim, generator=generator) * spread
+    window_k, window_v = window_of(kv_heads, window, dim, generator)
+    near = window_scores(q, window_k, 0.2) if known else None
+    out = native.attend(q, 0.2, window_k, window_v, near, bank.records, kept.places, plan.counts)
+    twin = decode_attention(q, window_k, window_v, 0.2, *bank.gather(plan, kept))
+    torch.testing.assert_close(out, twin, rtol=1e-4, atol=2e-5 * spread)
+
+
+def test_places_outside_the_bank_are_refused():
+    q, bank = torch.ones(1, 1, 8), torch.zeros(2, 1, 4, 16, 8)
+    window = torch.ones(1, 2, 8)
+    for place in (-1, 4, 1 << 40):
+        with pytest.raises(AssertionError, match="places are the bank's"):
+            native.attend(q, 1.0, window, window, None, bank, np.array([place]), np.array([1]))
+    out = native.attend(q, 1.0, window, window, None, bank, np.array([3]), np.array([1]))
+    assert out.shape == (1, 1, 8)
+    for value in (torch.nan, torch.inf, -torch.inf, 3e38):  # garbage in, and no crash
+        native.attend(q * value, 1.0, window, window, None, bank, np.array([3]), np.array([1]))
+        opened, _ = native.route(
+            sizes(SketchSpec(8, 4, 4)), q * value, 1.0, window, torch.eye(8)[None], torch.zeros(1, 8),
+            torch.zeros(1, 3, SketchSpec(8, 4, 4).chunk_bytes, dtype=torch.uint8), 5,
+        )  # fmt: skip
+        assert int(opened.sum()) == 5
 
 
 def test_far_below_and_not_a_number():
@@ -73,7 +145,7 @@ def test_sizes_that_are_not_served_are_refused():
     some = torch.zeros(4096)
     at = some.data_ptr()
     good = (8, 4, 4, 4, 1)
-    for sizes in (
+    for wrong in (
         (8, 5, 4, 4, 1),
         (8, -1, 4, 4, 1),
         (1024, 4, 4, 4, 1),
@@ -81,7 +153,7 @@ def test_sizes_that_are_not_served_are_refused():
         (8, 4, 4, 0, 1),
         (8, 4, 4, 4, 0),
     ):
-        spec = native.Spec(*sizes, native.FLOAT8.data_ptr())
+        spec = native.Spec(*wrong, native.FLOAT8.data_ptr())
         assert called(spec, at, at, 1, at, 1, 4096, at) == -1
     spec = native.Spec(*good, native.FLOAT8.data_ptr())
     assert called(spec, at, at, 1, at, 1, 207, at) == -1
@@ -98,6 +170,9 @@ import ctypes, os, random, sys
 library = ctypes.CDLL(sys.argv[1])
 class Spec(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("head_dim", "dims4", "dims2", "groups", "blocks")] + [("at", ctypes.c_void_p)]
+class Seen(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int64) for n in ("kv_heads", "ratio", "head_dim", "window_tokens", "window_apart", "slots",
+        "group_tokens")] + [("scale", ctypes.c_float)]
 random.seed(1)
 float8 = (ctypes.c_float * 256)(*(random.uniform(-480, 480) for _ in range(256)))
 for _ in range(200):
@@ -114,6 +189,29 @@ for _ in range(200):
         ctypes.byref(spec), z, offset, ctypes.c_int64(queries), records, ctypes.c_int64(chunks), ctypes.c_int64(size), out)
     assert call(size) == 0
     assert call(size - 1) == -1
+    heads, ratio, window = random.randint(1, 2), random.randint(1, 9), random.randint(1, 20)
+    slots, count = 3, random.randint(0, 3)
+    floats = lambda count: (ctypes.c_float * count)(*(random.choice([0.0, 1e-3, 3e38, float("nan")]) for _ in range(count)))
+    n = ctypes.c_int64
+    seen = Seen(heads, ratio, dim, window, window * dim, slots, 4, 0.5)
+    q, k, near = floats(heads * ratio * dim), floats(heads * window * dim), floats(heads * ratio * window)
+    records = ctypes.create_string_buffer(os.urandom(heads * chunks * size), heads * chunks * size)
+    budget = random.randint(0, 9)
+    heap = (n * min(budget, heads * chunks * groups))()
+    opened = (ctypes.c_uint8 * (heads * chunks * groups))()
+    scratch = floats((heads + ratio) * chunks * groups + ratio * (dim + 1))
+    assert library.hga_kvd_route(
+        ctypes.byref(spec), ctypes.byref(seen), q, k, floats(heads * dim * dim), floats(heads * dim), records,
+        n(chunks * size), n(chunks), n(size), near, scratch, heap, n(budget), opened) == 0
+    assert sum(opened) == len(heap)
+    bank, row = [floats(heads * slots * 4 * dim) for _ in "kv"], (window + 4 * count + 7) // 8 * 8
+    places = (n * (heads * count))(*(random.randrange(slots) for _ in range(heads * count)))
+    counts = (n * heads)(*[count] * heads)
+    attend = lambda row: library.hga_kvd_attend(
+        ctypes.byref(seen), q, k, k, random.choice([near, None]), *bank, places, counts, n(row), floats(4 * row),
+        floats(heads * ratio * dim))
+    assert attend(row) == 0
+    assert attend(row - 8) == attend(row + 1) == -1
 print("watched")
 """
 
