@@ -123,11 +123,15 @@ class SlotClass:
         self._doomed_count += len(doomed)
         self._release(slots[~busy])
 
+    def emptied(self, slots: I64) -> None:
+        """These, of which none is held any more, are free."""
+        self.held_count -= len(slots)
+        self._free.extend(slots[::-1].tolist())
+
     def _release(self, slots: I64) -> None:
         assert self.held[slots].all()
         self.held[slots] = False
-        self.held_count -= len(slots)
-        self._free.extend(slots[::-1].tolist())
+        self.emptied(slots)
 
     def pin(self, slots: I64) -> None:
         """A slot named twice in one call is pinned once; unpin with the same array."""

@@ -63,8 +63,8 @@ class Disk(Protocol):
         """
 
     def bring(self, handles: I64, batch: native.Batch, pool: native.Pool, found: native.Found) -> bool:
-        """Reads, verifies and copies in C what the batch says, and what RAM has (native.bring). False: nothing was done,
-        `stream` is the way: there is no ring here, or something is not aligned."""
+        """Reads, verifies and copies in C what the batch says, of these files, and what RAM has (native.bring). False:
+        nothing was done, `stream` is the way: there is no ring here, or something is not aligned."""
 
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:
         """Writes, as `read` reads."""

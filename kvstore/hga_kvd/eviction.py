@@ -10,7 +10,7 @@ What was evicted is remembered for a while, so that an extent that keeps coming 
 Decode steps of many sessions in turns ask for more than the arena holds, over and over: a queue then forgets every extent
 just before it is asked for again. Measured on routed traces against S3-FIFO, LRU, SIEVE and Belady's optimum: ADR 0012.
 
-A hit costs one vectorised update. An eviction takes the next of a ranked batch, which costs 0.15 ms a 1,024.
+A hit costs one vectorised update; evictions are made for many slots at once.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ Bools = npt.NDArray[np.bool_]
 # Asks of records, in multiples of the slots. From 8 to 64 hit rates differ by under 2 points but for bursts at a small
 # arena, where 8 is better (ADR 0012).
 HALF_LIFE_SLOTS = 8
-# Ranking 32 K slots takes 0.15 ms, with the residency's lock held; larger arenas are ranked a window at a time.
-WINDOW_SLOTS = 1 << 15
-RANKED_SHARE = 32  # one in so many of a window is ranked as next to go ...
-RANKED_MIN = 64  # ... but so many if a window has them: a ranking costs 50 us at least
+# Victims are chosen among so many slots at a time, with the residency's lock held: 10 us in C, 60 in numpy. csrc/evict.c.
+WINDOW_SLOTS = 1 << 13
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 NOT_HERE = np.inf  # worth of a slot that may not be evicted; adding a use to it changes nothing
 
@@ -42,9 +40,7 @@ class Lrfu:
         self.clock: F64 = np.zeros(1)  # in half-lives; an array, so that C moves it too
         self.tick = 1 / (HALF_LIFE_SLOTS * slot_count)  # of one ask
         self.past = Past(slot_count)
-        self._window = 0  # where the next ranking begins
-        self._ranked: I64 = np.zeros(0, np.int64)
-        self._ranked_worth: F64 = np.zeros(0)
+        self.window: I64 = np.zeros(1, np.int64)  # where the next choice of victims begins; C moves it too
 
     def __len__(self) -> int:
         return int(np.count_nonzero(np.isfinite(self.log_worth)))
@@ -70,37 +66,24 @@ class Lrfu:
         self.log_worth[np.asarray(slots, np.int64)] = NOT_HERE
 
     def evict(self, count: int, pinned: npt.NDArray[np.integer]) -> list[int]:
-        """Up to `count` slots to reuse now; fewer when the others are pinned (pinned[slot] != 0)."""
+        """Up to `count` slots to reuse now, of one window after the other; fewer when the others are pinned (pinned[slot]
+        != 0). native.evict does the same in C."""
         victims: list[int] = []
-        windows_left = -(-len(self.key) // WINDOW_SLOTS)
-        while len(victims) < count:
-            if not len(self._ranked):
-                if not windows_left:
-                    break
-                windows_left -= 1
-                self._rank(pinned, count - len(victims))
-            take = slice(0, count - len(victims))
-            # Used, freed or pinned since it was ranked: not this time.
-            slots = self._ranked[take]
-            slots = slots[(self.log_worth[slots] == self._ranked_worth[take]) & (pinned[slots] == 0)]
-            self._ranked, self._ranked_worth = self._ranked[take.stop :], self._ranked_worth[take.stop :]
-            if len(slots):
-                self.past.remember(self.key[slots], self.log_worth[slots])
-                self.log_worth[slots] = NOT_HERE
-                victims += slots.tolist()
-                windows_left = -(-len(self.key) // WINDOW_SLOTS)
+        for _ in range(-(-len(self.key) // WINDOW_SLOTS)):
+            if len(victims) == count:
+                break
+            begin = int(self.window[0])
+            window = slice(begin, begin + WINDOW_SLOTS)
+            self.window[0] = window.stop if window.stop < len(self.key) else 0
+            worth = np.where(pinned[window] == 0, self.log_worth[window], NOT_HERE)
+            wanted = min(count - len(victims), len(worth))
+            least = np.argpartition(worth, wanted - 1)[:wanted]
+            least = least[np.argsort(worth[least], kind="stable")]
+            slots = begin + least[worth[least] != NOT_HERE]
+            self.past.remember(self.key[slots], self.log_worth[slots])
+            self.log_worth[slots] = NOT_HERE
+            victims += slots.tolist()
         return victims
-
-    def _rank(self, pinned: npt.NDArray[np.integer], wanted: int) -> None:
-        """The next window's slots of least worth, least first; `wanted` of them or a share."""
-        window = slice(self._window, self._window + WINDOW_SLOTS)
-        self._window = window.stop if window.stop < len(self.key) else 0
-        worth = np.where(pinned[window] == 0, self.log_worth[window], NOT_HERE)
-        count = min(len(worth), max(wanted, min(RANKED_MIN, len(worth) // 8), len(worth) // RANKED_SHARE))
-        least = np.argpartition(worth, min(count, len(worth) - 1))[:count]
-        least = least[np.argsort(worth[least], kind="stable")]
-        least = least[np.isfinite(worth[least])]
-        self._ranked, self._ranked_worth = least + window.start, worth[least]
 
 
 class Past:

@@ -20,14 +20,13 @@ from hga_kvd.errors import LimitExceeded
 from hga_kvd.geometry import KEY_DTYPE, Keys
 from hga_kvd.index import Session
 from hga_kvd.memory import aligned_buffer
-from hga_kvd.misses import Misses
+from hga_kvd.misses import Brought, Misses
 from hga_kvd.native import Found
 from hga_kvd.parts import Parts
 from hga_kvd.residency import Pool
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 # How often a fetch with a deadline looks at the clock while it waits for another one's reads.
 WAIT_S = 0.0005
@@ -93,34 +92,32 @@ class FetchPath:
     ) -> Fetched:
         """What was planned: the copies and the reads, and then the unpinning."""
         pool = self._residency.pools[session.pool]
-        size, bad, late, keep, read = pool.slots.record_bytes, None, None, None, 0
+        size, brought, read = pool.slots.record_bytes, None, 0
         try:
             if missing is None:
                 hits.copy(pool, found, destination)
             else:
-                bad, keep, late = misses.bring(
-                    self._parts.disk, self._residency, pool, found, missing, destination, overdue
-                )
+                brought = misses.bring(self._parts.disk, self._residency, pool, found, missing, destination, overdue)
         finally:
             with self._lock:
                 hits.unpin(pool, found)
                 if missing is not None:
-                    misses.end(self._residency, self._segments, pool, missing, keep)
+                    misses.end(self._residency, self._segments, pool, missing, brought)
                     self.reading -= foreground
-                    if bad is not None and late is None and not len(missing.plan.lost) and not bad.any():
-                        read = len(keys) - hit_count - len(missing.plan.awaited)
+                    if brought and brought.bad is None and brought.late is None and not missing.plan.lost_count:
+                        read = len(keys) - hit_count - missing.plan.awaited_count
                         counters.count_read(read, read * size)
                 counters.count_hits(hit_count, hit_count * size)
         if missing is None:
             return Fetched(None, hit_count, 0)
-        awaited = missing.plan.awaited
         if read:
             fetched = Fetched(None, hit_count, read)
         else:
-            assert bad is not None
-            fetched = self._judge(session, epoch, keys, missing, bad, late, hit_count, counters)
-        if not len(awaited):
+            assert brought is not None
+            fetched = self._judge(session, epoch, keys, missing, brought, hit_count, counters)
+        if not missing.plan.awaited_count:
             return fetched
+        awaited = missing.plan.awaited
         places = found["slot"][awaited], found["record"][awaited]
         rest, own = self._fetch_awaited(session, epoch, keys[awaited], *places, overdue, counters, foreground)
         destination.reshape(len(keys), -1)[awaited] = own
@@ -168,12 +165,12 @@ class FetchPath:
         epoch: int,
         keys: Keys,
         missing: Misses,
-        bad: Bools,
-        late: Bools | None,
+        brought: Brought,
         ram_records: int,
         counters: Counters,
     ) -> Fetched:
-        read = len(keys) - ram_records - len(missing.plan.awaited)
+        read, late = len(keys) - ram_records - missing.plan.awaited_count, brought.late
+        bad = np.zeros(missing.plan.count, bool) if brought.bad is None else brought.bad
         statuses = np.zeros(len(keys), np.uint8)
         statuses[missing.plan.lost] = STATUS_DAMAGED
         statuses[missing.plan.keys[bad]] = STATUS_DAMAGED

@@ -109,7 +109,7 @@ class FileDisk:
         if not isinstance(self._io, UringEngine):
             return False
         fds = self._fds.take(handles, mode="clip")
-        batch.fds, batch.alignment = address_of(fds), self._alignment
+        batch.fds, batch.file_count, batch.alignment = address_of(fds), len(fds), self._alignment
         return self._io.bring(batch, pool, found)
 
     def write(self, handles: I32, offsets: I64, addresses: U64, lengths: I64) -> I32:

@@ -71,21 +71,23 @@ class Callers:
         self._count = ctypes.c_int64()
         self.address = ctypes.addressof(self._count)  # of the count, for C
         self._closed = False
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def count(self) -> int:
         return self._count.value
 
     def __enter__(self) -> None:
-        with self._changed:
+        with self._lock:
             assert not self._closed, "a transfer after shutdown"
             self._count.value += 1
 
     def __exit__(self, *error: object) -> None:
-        with self._changed:
+        with self._lock:
             self._count.value -= 1
-            self._changed.notify_all()
+            if self._closed:
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Lets no call in any more, and returns when the last one has left."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,14 +43,22 @@ class Misses:
 
     plan: Plan
     record_bytes: int
-    handles: I64  # of each record
+    handles: I64  # of plan.segment_ids
     segments: tuple[Segment, ...]  # pinned
     fresh: I64  # slots that held nothing, pinned
 
     def items(self, part: slice) -> Items:
         p = self.plan
-        columns = self.handles[part], p.offsets[part], p.keys[part], p.seeds[part], p.expected[part]
+        columns = self.handles[p.segments[part]], p.offsets[part], p.keys[part], p.seeds[part], p.expected[part]
         return Items(self.record_bytes, *columns)
+
+
+class Brought(NamedTuple):
+    """Which records of a plan are bad, and which late (None: none), and which may not stay in their slots."""
+
+    bad: Bools | None
+    late: Bools | None
+    unkept: Bools
 
 
 def plan(
@@ -57,12 +66,12 @@ def plan(
 ) -> Misses:
     """Of what RAM does not have, so many keys. log: None without a disk. once: it gets no slots."""
     made = _plan(pool, found) if pool.view is None else native.plan(pool.view, found, missing_count)
-    if len(made.lost):  # recovery could not find the chunk, or only RAM has it and there the record went BAD
+    if made.lost_count:  # recovery could not find the chunk, or only RAM has it and there the record went BAD
         lost = found[made.lost]
         assert ((lost["row"] == LOST_ROW) | (lost["state"] == BAD)).all(), "a dirty chunk without its slots"
     fresh = made.without_slots() if once else residency.claim(pool, made)
     segments = log.hold(made.segment_ids.tolist()) if log else ()
-    return Misses(made, pool.slots.record_bytes, handles_of(segments)[made.segments], segments, fresh)
+    return Misses(made, pool.slots.record_bytes, handles_of(segments), segments, fresh)
 
 
 def _plan(pool: Pool, found: Found) -> Plan:
@@ -84,7 +93,12 @@ def _plan(pool: Pool, found: Found) -> Plan:
     made.offsets = table.offset[row] + layer * slots.stride + made.records * slots.record_bytes
     made.seeds = mix(table.uid[row] ^ place_codes(layers, slots.records)[layer, made.records])
     made.expected = table.checksums[row, layer, made.records]
-    made.starts = np.full(len(row), -1)
+    made.starts, made.count, made.copied_count = np.full(len(row), -1), len(row), len(made.copies_to)
+    made.awaited_count, made.lost_count, made.absent_count = (
+        len(made.awaited),
+        len(nowhere[nowhere]),
+        len(made.absent_rows),
+    )
     return made
 
 
@@ -114,45 +128,49 @@ def bring(
     misses: Misses,
     destination: U8,
     overdue: Callable[[], bool] | None,
-) -> tuple[Bools, Bools, Bools | None]:
+) -> Brought:
     """Reads all records, and copies everything that the fetch asked for to the destination, what RAM has while the device
-    reads the rest. Returns which records are bad, which may stay in their slots, and which are late (None: none).
+    reads the rest.
 
     With a deadline, parts are small, one after another, and none begins once `overdue` says so; what has begun is
     finished: a read that went on behind the answer would write into memory that has another use by then.
     """
-    count, size = len(misses.plan.keys), pool.slots.record_bytes
-    bad, late = np.zeros(count, bool), None
-    step = max(1, count if overdue is None else DEADLINE_PART_BYTES // size)
-    for begin in range(0, count, step):
+    count, size, late = misses.plan.count, pool.slots.record_bytes, None
+    if count and overdue is None:
         assert disk is not None
-        if overdue is not None and overdue():
-            late = np.arange(count) >= begin
-            break
-        part = slice(begin, min(begin + step, count))
-        bad[part] = _bring(disk, residency, pool, found, misses, part, destination)
-        found = found[:0]
-    if len(found):
-        hits.copy(pool, found, destination)
-    keep = ~bad
-    if late is not None:
-        keep &= ~late
-    if disk is not None and bad.any():
+        bad = _bring(disk, residency, pool, found, misses, slice(0, count), destination)
+    else:
+        bad, step = np.zeros(count, bool), max(1, DEADLINE_PART_BYTES // size)
+        for begin in range(0, count, step):
+            assert disk is not None
+            assert overdue is not None
+            if overdue():
+                late = np.arange(count) >= begin
+                break
+            part = slice(begin, min(begin + step, count))
+            bad[part] = _bring(disk, residency, pool, found, misses, part, destination)
+            found = found[:0]
+        if len(found):
+            hits.copy(pool, found, destination)
+    unkept, some_bad = bad if late is None else bad | late, bool(bad.any())
+    if some_bad:
+        assert disk is not None
+        unkept = unkept.copy()
         read_again(disk, misses.items(slice(0, count)), bad, destination)
-    if len(misses.plan.copies_to):
+    if misses.plan.copied_count:
         at, to = misses.plan.keys[misses.plan.copies_of], misses.plan.copies_to
         copy_records(destination.data, at * size, destination.data, to * size, size)
-    return bad, keep, late
+    return Brought(bad if some_bad and bad.any() else None, late, unkept)
 
 
 def _bring(
     disk: Disk, residency: Residency, pool: Pool, found: Found, misses: Misses, part: slice, destination: U8
 ) -> Bools:
     """Reads, verifies and copies these records, and copies what RAM has; which of them are wrong."""
-    region, handles, batch = residency.arena.region, misses.handles[part], None
+    region, batch = residency.arena.region, None
     if pool.view is not None and misses.record_bytes >= CHECKSUM_BYTES_MIN:
         batch = Batch.of(pool.view, misses.plan, part, destination)
-        if disk.bring(handles, batch, pool.view, found):
+        if disk.bring(misses.handles, batch, pool.view, found):
             return batch.wrong_items
     items, starts = misses.items(part), misses.plan.starts[part]
     wrong = np.ones(len(items), bool)
@@ -180,8 +198,8 @@ def _take(items: Items, failed: Bools, region: U8, destination: U8, starts: I64)
     return wrong
 
 
-def end(residency: Residency, log: SegmentLog | None, pool: Pool, misses: Misses, keep: Bools | None) -> None:
-    """Unpins. keep: as `bring` returned it; None: it did not return."""
-    residency.end_reads(pool, misses.plan, keep, misses.fresh)
+def end(residency: Residency, log: SegmentLog | None, pool: Pool, misses: Misses, brought: Brought | None) -> None:
+    """Unpins. brought: what `bring` returned; None: it did not."""
+    residency.end_reads(pool, misses.plan, brought.unkept if brought else None, misses.fresh)
     if log:
         log.unpin(misses.segments)

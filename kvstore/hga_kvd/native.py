@@ -26,7 +26,7 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Found = npt.NDArray[np.void]
 
-VERSION = 5  # as in csrc/find.c
+VERSION = 6  # as in csrc/find.c
 
 # Fewer bytes are copied in less time than another thread needs to take the interpreter's lock and give it back.
 HELD_BYTES_MAX = 256 << 10
@@ -44,6 +44,8 @@ _ARGUMENTS = {
     "copy_hits": (_address, _address, _number, _address, _number),
     "plan": (_address, _address, _number, _address, _address, _number, _address, _address),
     "claim": (_address, _address, _address, _number, _number, _address, _number),
+    "evict": (_address, _address, _number),
+    "empty": (_address, _address, _number),
     "settle": (_address, _address, _number, _number, _address, _address, _number),
     "put_extents": (_address, _address, _number, _address, _number, _address, _address),
     "take": (_address, _number, _number),
@@ -72,7 +74,7 @@ class Pool(ctypes.Structure):
         *((name, _address) for name in ("segment", "offset", "uid", "checksums")), ("number", _number),
         *((name, _address) for name in ("state", "pins", "log_worth", "policy_key", "past_key", "past_log_worth")),
         ("past_count", _number), ("policy_now", _address), ("tick", _real),
-        *((name, _address) for name in ("holder", "doomed", "region")), ("region_bytes", _number),
+        *((name, _address) for name in ("window", "holder", "doomed", "held", "region")), ("region_bytes", _number),
     ]  # fmt: skip
 
     @classmethod
@@ -85,7 +87,8 @@ class Pool(ctypes.Structure):
             log_worth=address_of(policy.log_worth), policy_key=address_of(policy.key),
             past_key=address_of(policy.past.key), past_log_worth=address_of(policy.past.log_worth),
             past_count=len(policy.past.key), policy_now=address_of(policy.clock), tick=policy.tick,
-            holder=address_of(slots.holder), doomed=address_of(slots.doomed),
+            window=address_of(policy.window), holder=address_of(slots.holder), doomed=address_of(slots.doomed),
+            held=address_of(slots.held),
             region=address_of(region), region_bytes=len(region),
         )  # fmt: skip
         pool.address = ctypes.addressof(pool)
@@ -142,7 +145,10 @@ def fetch_few(pool: Pool, rows: I64, chunk_count: int, packed: bytes, count: int
 
 
 class Plan:
-    """What is to be read; `planned` and the lists of csrc/plan.c. Columns of records, in the order in which to read them."""
+    """What is to be read; `planned` and the lists of csrc/plan.c. Columns of records, in the order in which to read them.
+
+    C works on the memory. The arrays are cut out of it when one of them is first asked for: few fetches need any.
+    """
 
     def __init__(self, room: int, scratch: int = 0) -> None:
         """scratch: words behind the columns, the lists, the counts, and what a Batch writes: reads and wrong."""
@@ -156,10 +162,27 @@ class Plan:
         self.wrong = self.columns + 8 * wrong
         self.scratch = self.wrong + (room + 7) // 8 * 8
 
-    def told(self) -> Plan:
-        """Once it is made."""
+    def counted(self) -> Plan:
+        """Once it is made in C."""
+        at = 16 * self.room
+        counts = self._memory[at : at + 8].tolist()
+        self.count, self.copied_count, _, self.awaited_count, self.lost_count = counts[:5]
+        self.absent_count, segment_count = counts[5], counts[7]
+        self.segment_ids = self._memory[at - self.room : at - self.room + segment_count]
+        self.wrong_items = self._memory[at + self.room + 9 :].view(bool)[: self.count]
+        return self
+
+    def __getattr__(self, name: str) -> I64:
+        if name.startswith("_") or "room" not in self.__dict__ or "keys" in self.__dict__:
+            raise AttributeError(name)
+        self._cut()
+        found: I64 = self.__dict__[name]
+        return found
+
+    def _cut(self) -> None:
         memory, room = self._memory, self.room
-        count, copies, _, awaited, lost, absent, _, segments = memory[16 * room : 16 * room + 8].tolist()
+        count, copies, awaited, lost = self.count, self.copied_count, self.awaited_count, self.lost_count
+        absent = self.absent_count
         columns = memory[: 9 * room].reshape(9, room)[:, :count]
         lists = memory[9 * room : 16 * room].reshape(7, room)
         self.keys, self.records, self.slots, self.extents, self.segments, self.offsets, seeds, sums, self.starts = (
@@ -169,15 +192,17 @@ class Plan:
         self.copies_to, self.copies_of = lists[0, :copies], lists[1, :copies]
         self.awaited, self.lost = lists[2, :awaited], lists[3, :lost]
         self.absent_rows, self.absent_layers = lists[4, :absent], lists[5, :absent]
-        self.segment_ids = lists[6, :segments]
-        self.wrong_items = memory[17 * room + 9 :].view(bool)[:count]
-        return self
 
     def without_slots(self) -> I64:
         """All of it is read to the destination; no slots are fresh."""
         self.slots[:], self.starts[:] = 0, -1
         return self.slots[:0]
 
+    count: int  # of records; the others: of the lists
+    copied_count: int
+    awaited_count: int
+    lost_count: int
+    absent_count: int
     keys: I64
     records: I64
     slots: I64  # of its extent, or 0; once it is claimed: to be filled, or 0
@@ -206,22 +231,37 @@ def plan(pool: Pool, found: Found, missing_count: int) -> Plan:
     assert not LIBRARY.held.hga_kvd_plan(pool.now(), address_of(found), count, *memory), (
         "the index names what cannot be"
     )
-    return made.told()
+    return made.counted()
 
 
 def claim(pool: Pool, plan: Plan, fresh: I64) -> None:
     """hga_kvd_claim."""
     assert LIBRARY is not None
-    assert len(fresh) <= len(plan.absent_rows)
-    arguments = plan.columns, plan.lists, plan.room, len(plan.keys), address_of(fresh), len(fresh)
+    assert len(fresh) <= plan.absent_count
+    arguments = plan.columns, plan.lists, plan.room, plan.count, address_of(fresh), len(fresh)
     assert not LIBRARY.held.hga_kvd_claim(pool.now(), *arguments), "the index names what cannot be"
 
 
-def settle(pool: Pool, plan: Plan, keep: npt.NDArray[np.bool_], fresh: I64) -> None:
+def evict(pool: Pool, count: int) -> I64:
+    """hga_kvd_evict: the victims."""
+    assert LIBRARY is not None
+    victims: I64 = np.empty(count, np.int64)
+    return victims[: LIBRARY.held.hga_kvd_evict(pool.address, address_of(victims), count)]
+
+
+def empty(pool: Pool, slots: I64) -> bool:
+    """hga_kvd_empty."""
+    assert LIBRARY is not None
+    done: int = LIBRARY.held.hga_kvd_empty(pool.now(), address_of(slots), len(slots))
+    assert done >= 0, "a slot holds what cannot be"
+    return bool(done)
+
+
+def settle(pool: Pool, plan: Plan, unkept: npt.NDArray[np.bool_], fresh: I64) -> None:
     """hga_kvd_settle."""
     assert LIBRARY is not None
-    assert len(keep) == len(plan.keys)
-    arguments = plan.columns, plan.room, len(plan.keys), address_of(keep), address_of(fresh), len(fresh)
+    assert len(unkept) == plan.count
+    arguments = plan.columns, plan.room, plan.count, address_of(unkept), address_of(fresh), len(fresh)
     LIBRARY.held.hga_kvd_settle(pool.address, *arguments)
 
 
@@ -251,7 +291,8 @@ class Batch(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("count", "size", "alignment")),
         ("region", _address), ("region_bytes", _number), ("destination", _address), ("destination_bytes", _number),
-        *((name, _address) for name in ("starts", "positions", "offsets", "fds", "seeds", "expected", "wrong", "reads")),
+        *((name, _address) for name in ("starts", "positions", "offsets", "files", "fds")), ("file_count", _number),
+        *((name, _address) for name in ("seeds", "expected", "wrong", "reads")),
     ]  # fmt: skip
 
     @classmethod
@@ -261,8 +302,8 @@ class Batch(ctypes.Structure):
         column = range(plan.columns + first, plan.columns + 9 * 8 * plan.room + first, 8 * plan.room or 8)
         batch = cls(
             part.stop - part.start, pool.record_bytes, 1, pool.region, pool.region_bytes,
-            address_of(destination), len(destination), column[8], column[0], column[5], 0, column[6], column[7],
-            plan.wrong + part.start, plan.reads,
+            address_of(destination), len(destination), column[8], column[0], column[5], column[4], 0, 0,
+            column[6], column[7], plan.wrong + part.start, plan.reads,
         )  # fmt: skip
         batch.wrong_items = plan.wrong_items[part]
         batch._memory = plan, destination

@@ -27,6 +27,8 @@ from hga_kvd.native import Plan
 
 I64 = npt.NDArray[np.int64]
 
+NO_SLOTS: I64 = np.zeros(0, np.int64)
+
 # Evicted at once while a few slots are wanted, at most one in EVICTED_SHARE: an eviction costs 0.1 ms, whatever its size.
 EVICTED_AT_ONCE, EVICTED_SHARE = 64, 32
 
@@ -162,7 +164,11 @@ class Residency:
             self._take_pages(slots, count)
         if slots.free_count < count:
             ahead = min(EVICTED_AT_ONCE, slots.held_count // EVICTED_SHARE)
-            self._evict(slots, pool.policy.evict(max(ahead, count - slots.free_count), slots.pins))
+            wanted = max(ahead, count - slots.free_count)
+            if pool.view is None:
+                self._evict(slots, pool.policy.evict(wanted, slots.pins))
+            else:
+                self._evict(slots, native.evict(pool.view, wanted), pool.view)
         if slots.free_count < count:
             self._take_pages(slots, count)
         return min(count, slots.free_count)
@@ -178,16 +184,17 @@ class Residency:
             self.arena.give_back(page)
         self.arena.grow(slots, count)
 
-    def _evict(self, slots: SlotClass, victims: list[int]) -> None:
-        if not victims:
+    def _evict(self, slots: SlotClass, victims: npt.ArrayLike, view: native.Pool | None = None) -> None:
+        gone = np.asarray(victims, np.int64)
+        self.evicted_extents += len(gone)
+        if view is not None and native.empty(view, gone):
+            slots.emptied(gone)
             return
-        gone = np.array(victims, np.int64)
         owner, row, layer = slots.holder[gone].T
         for number in set(owner.tolist()):
             mine = owner == number
             self.pools[number].table.slot[row[mine], layer[mine]] = 0
         slots.free(gone)
-        self.evicted_extents += len(gone)
 
     def hold(self, pool: Pool, slots: I64, rows: I64, layers: I64) -> None:
         """These slots hold these extents from now on."""
@@ -208,8 +215,8 @@ class Residency:
         """Slots for the records that a call is about to read, as far as there are slots: plan.slots and plan.starts. Returns
         those that hold nothing yet, pinned. End with `end_reads`.
         """
-        slots, wanted = pool.slots, len(plan.absent_rows)
-        fresh = slots.take(self.make_room(pool, wanted)) if wanted else plan.absent_rows
+        slots, wanted = pool.slots, plan.absent_count
+        fresh = slots.take(self.make_room(pool, wanted)) if wanted else NO_SLOTS
         if pool.view is not None:
             native.claim(pool.view, plan, fresh)
             return fresh
@@ -225,15 +232,16 @@ class Residency:
         plan.slots, plan.starts = target, np.where(filled, slots.starts(target, plan.records), -1)
         return fresh
 
-    def end_reads(self, pool: Pool, plan: Plan, keep: npt.NDArray[np.bool_] | None, fresh: I64) -> None:
-        """keep: which of the records are verified, those in a slot there; None: none of them."""
-        good = np.zeros(len(plan.keys), bool) if keep is None else keep
+    def end_reads(self, pool: Pool, plan: Plan, unkept: npt.NDArray[np.bool_] | None, fresh: I64) -> None:
+        """unkept: which of the records may not stay in their slots: they are not verified. None: none of them may."""
+        if unkept is None:
+            unkept = np.ones(plan.count, bool)
         if pool.view is not None:
-            native.settle(pool.view, plan, good, fresh)
+            native.settle(pool.view, plan, unkept, fresh)
             pool.slots.free_doomed(fresh)
         else:
             filled = plan.slots != 0
-            pool.slots.set_valid(plan.slots[filled], plan.records[filled], good[filled])
+            pool.slots.set_valid(plan.slots[filled], plan.records[filled], ~unkept[filled])
             pool.slots.unpin(fresh)
         self.filled.notify_all()
 

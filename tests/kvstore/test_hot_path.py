@@ -204,6 +204,57 @@ def test_planning_claiming_and_settling(seed: int, count: int, room_share: int) 
     assert now == pytest.approx(twins_now, rel=1e-12)
 
 
+@given(seeds, st.integers(1, 80), st.booleans())
+def test_evicting(seed: int, count: int, alone: bool) -> None:
+    """The same victims in C and in numpy, and the same index, states and books after it; also of two geometries."""
+    results = []
+    for which in ("native", "twin"):
+        engine, _, pool = in_ram(seed)
+        chance, residency = np.random.default_rng(seed), engine._residency
+        slots, policy = pool.slots, pool.policy
+        if not alone:
+            other = residency.pool_for(replace(WIDE, model_fingerprint="another"))
+            assert other.slots is slots
+            other.table.add(30)
+            slots.holder[np.flatnonzero(slots.held)[::5], 0] = other.number
+        held = np.flatnonzero(slots.held)
+        policy.admit(held, chance.permutation(1000)[: len(held)])
+        policy.log_worth[held] = chance.permutation(len(held))
+        slots.dirty[held] = False
+        slots.pins[held] = chance.random(len(held)) < 0.2
+        if which == "twin":
+            pool = replace(pool, view=None)
+        residency.arena.grow = lambda slots, count: None  # type: ignore[method-assign]
+        before, evictable = slots.free_count, int(np.count_nonzero(slots.pins[held] == 0))
+        slots._free.clear()
+        slots.held_count += before  # so that nothing is free
+        found = residency.make_room(pool, count)
+        assert found == min(count, slots.free_count)
+        tables = [pool.table.slot.copy() for pool in residency.pools]
+        past = policy.past.key.copy(), policy.past.log_worth.copy()
+        books = slots.held.copy(), slots.state.copy(), np.array(slots._free), policy.log_worth.copy()
+        counts = np.array([found, slots.held_count, residency.evicted_extents])
+        results.append((*tables, *past, *books, counts))
+        assert found == min(count, evictable)
+    for ours, theirs in zip(*results, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+@given(seeds, st.sampled_from([-1, 0, 1 << 20, -(1 << 62), 1 << 62]), st.integers(0, 2))
+def test_emptying_what_cannot_be_is_an_error(seed: int, wrong: int, what: int) -> None:
+    _, _, pool = in_ram(seed, 2)
+    held = np.flatnonzero(pool.slots.held)
+    assert pool.view is not None
+    before = pool.table.slot.copy()
+    if what == 0 or wrong == 0:
+        held[3] = wrong
+    else:
+        pool.slots.holder[held[3], what] = wrong
+    with pytest.raises(AssertionError, match="cannot be"):
+        native.empty(pool.view, held)
+    assert np.array_equal(pool.table.slot, before)
+
+
 @given(seeds, st.sampled_from(["row", "layer", "record", "slot"]), st.sampled_from([-1, 1 << 20, -(1 << 62), 1 << 62]))
 def test_a_plan_of_what_cannot_be_is_an_error(seed: int, what: str, wrong: int) -> None:
     _, session, pool = in_ram(seed)
@@ -258,7 +309,8 @@ def misses_of(
     count = len(handles)
     made = native.Plan(count)
     made._memory[16 * count : 16 * count + 8] = [count, *[0] * 7]
-    made.told()
+    made.counted()
+    made.segments[:] = np.arange(count)
     made.starts[:], made.keys[:], made.offsets[:] = starts, keys, offsets
     made.seeds[:], made.expected[:] = sums
     return Misses(made, RECORD, handles, (), np.zeros(0, np.int64))

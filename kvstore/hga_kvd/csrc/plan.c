@@ -128,7 +128,7 @@ int64_t hga_kvd_plan(const pool *p, const place *found, int64_t count, int64_t *
 static void admit(const pool *p, int64_t slot, int64_t row, int64_t layer, double now)
 {
     int64_t key = p->number << 48 | row << 10 | layer;  // residency.extent_key
-    uint64_t at = (uint64_t)key * 0x9E3779B97F4A7C15 >> (64 - __builtin_ctzll(p->past_count));
+    uint64_t at = past_place(p, key);
     p->policy_key[slot] = key;
     p->log_worth[slot] = log_sum(p->past_key[at] == ~key ? p->past_log_worth[at] : -INFINITY, now);
 }
@@ -163,14 +163,14 @@ int64_t hga_kvd_claim(const pool *p, int64_t *columns, int64_t *lists, int64_t r
     return 0;
 }
 
-// Ends FILLING, VALID where keep[i], and unpins the slots that were fresh. A doomed slot stays as it is.
-int64_t hga_kvd_settle(const pool *p, int64_t *columns, int64_t room, int64_t count, const uint8_t *keep,
+// Ends FILLING, EMPTY where unkept[i] and else VALID, and unpins the slots that were fresh. A doomed slot stays as it is.
+int64_t hga_kvd_settle(const pool *p, int64_t *columns, int64_t room, int64_t count, const uint8_t *unkept,
                        const int64_t *fresh, int64_t fresh_count)
 {
     planned to = columns_of(columns, room);
     for (int64_t i = 0; i < count; i++)
         if (to.slot[i] > 0 && to.slot[i] < p->slot_count && !p->doomed[to.slot[i]])
-            p->state[to.slot[i] * p->records + to.record[i]] = keep[i] ? VALID : EMPTY;
+            p->state[to.slot[i] * p->records + to.record[i]] = unkept[i] ? EMPTY : VALID;
     for (int64_t i = 0; i < fresh_count; i++)
         if (fresh[i] > 0 && fresh[i] < p->slot_count)
             p->pins[fresh[i]]--;

@@ -36,12 +36,14 @@ typedef struct {
     // The policy's (eviction.py): of slots; of what was evicted, in places by hash; and its clock.
     double *log_worth;                  // [slot_count]
     int64_t *policy_key;                // [slot_count]
-    const int64_t *past_key;            // [past_count], inverted
-    const double *past_log_worth;       // [past_count]
+    int64_t *past_key;                  // [past_count], inverted
+    double *past_log_worth;             // [past_count]
     int64_t past_count;                 // a power of two
     double *now, tick;
+    int64_t *window;                    // where the next choice of victims begins
     int64_t *holder;                    // [slot_count][number, row, layer]
     const uint8_t *doomed;              // [slot_count]
+    uint8_t *held;                      // [slot_count]
     char *region;
     int64_t region_bytes;
 } pool;
@@ -66,6 +68,12 @@ static inline double log_sum(double a, double b)
     if (isinf(high))  // a slot that may not be evicted
         return high;
     return high == low ? high + 1 : high + log1p(exp2(low - high)) * 1.4426950408889634;
+}
+
+// Of an evicted extent in past_key and past_log_worth: Past._at.
+static inline uint64_t past_place(const pool *p, int64_t key)
+{
+    return (uint64_t)key * 0x9E3779B97F4A7C15 >> (64 - __builtin_ctzll(p->past_count));
 }
 
 static inline int inside(int64_t start, int64_t size, int64_t bytes) { return start >= 0 && start <= bytes - size; }

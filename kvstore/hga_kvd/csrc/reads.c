@@ -10,8 +10,9 @@ typedef struct {
     int64_t region_bytes;
     char *destination;
     int64_t destination_bytes;
-    const int64_t *starts, *positions, *offsets;
+    const int64_t *starts, *positions, *offsets, *files;  // files: which of the descriptors
     const int32_t *fds;
+    int64_t file_count;
     const uint64_t *seeds, *expected;
     uint8_t *wrong;  // of each item: could not be read, or is not what was written
     int64_t *reads;  // room for count + 1
@@ -23,7 +24,8 @@ static int is_sound(const batch *b)
         return 0;
     for (int64_t i = 0; i < b->count; i++)
         if (b->positions[i] < 0 || b->positions[i] >= b->destination_bytes / b->size ||
-            (b->starts[i] >= 0 && !inside(b->starts[i], b->size, b->region_bytes)))
+            (b->starts[i] >= 0 && !inside(b->starts[i], b->size, b->region_bytes)) ||
+            (b->fds && (b->files[i] < 0 || b->files[i] >= b->file_count)))
             return 0;
     return 1;
 }
@@ -105,7 +107,7 @@ static int64_t plan_reads(const batch *b)
     int64_t count = 0;
     for (int64_t i = 0; i < b->count; i++) {
         int64_t length = i ? (i - b->reads[count - 1]) * b->size : 0;
-        if (!i || b->fds[i] != b->fds[i - 1] || b->offsets[i] != b->offsets[i - 1] + b->size ||
+        if (!i || b->files[i] != b->files[i - 1] || b->offsets[i] != b->offsets[i - 1] + b->size ||
             memory_of(b, i) != memory_of(b, i - 1) + b->size || length > READ_BYTES_MAX - b->size)
             b->reads[count++] = i;
     }
@@ -127,7 +129,7 @@ static void put_read(const ring *r, const batch *b, int64_t read)
     int64_t first = b->reads[read], length = (b->reads[read + 1] - first) * b->size;
     memset(r->sqes + place, 0, sizeof *r->sqes);
     r->sqes[place].opcode = OP_READ;
-    r->sqes[place].fd = b->fds[first];
+    r->sqes[place].fd = b->fds[b->files[first]];
     r->sqes[place].offset = b->offsets[first];
     r->sqes[place].address = (uint64_t)memory_of(b, first);
     r->sqes[place].length = length;
@@ -145,7 +147,7 @@ enum { UNALIGNED = -3 };
 
 int64_t hga_kvd_bring(const ring *r, const batch *b, const pool *p, const place *found, int64_t found_count)
 {
-    if (!is_sound(b) || r->entries <= 0 || r->cqe_count < r->entries)
+    if (!is_sound(b) || !b->fds || r->entries <= 0 || r->cqe_count < r->entries)
         return BROKEN;
     memset(b->wrong, 1, b->count);
     if (!is_aligned(b))
