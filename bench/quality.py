@@ -96,7 +96,7 @@ def measure(work: Work, device: str, config: Any, weights: dict[str, Tensor], em
         dense = simulation.run(ids, None)
         for spec in specs:
             started = time.perf_counter()
-            loss = simulation.run(ids, row_of(spec, head_dim_of(config), rope))
+            loss = simulation.run(ids, row_of(spec, head_dim_of(config), rope, len(ids) // 2))
             line = {
                 "row": spec.label(),
                 "text": name,
@@ -116,6 +116,17 @@ def in_a_process(work: Any, device: str, config: Any, weights: dict[str, Tensor]
         measure(iter(work.get, None), device, config, weights, lambda *line: lines.put(line))
     finally:
         lines.put(None)
+
+
+def budgets_of(text: str) -> tuple[int, ...]:
+    """Raises: typer.BadParameter."""
+    try:
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        found = (0,)
+    if min(found) < 1:
+        raise typer.BadParameter(f"--budgets {text!r}: whole numbers from 1 on, with commas between them")
+    return found
 
 
 def head_dim_of(config: Any) -> int:
@@ -162,7 +173,7 @@ def run(studies: list[Study], device: str, jobs: int, directory: Path) -> None:
             raise SystemExit(f"a process ended with {worker.exitcode}; what was measured is kept")
 
 
-def summary(specs: list[Spec], lines: list[dict[str, Any]], head_dim: int) -> list[dict[str, Any]]:
+def summary(specs: list[Spec], lines: list[dict[str, Any]], head_dim: int, prompt: int) -> list[dict[str, Any]]:
     """The table: means over the texts, which have one length. Rows that were run on fewer texts than others are left out:
     texts differ more than rows do."""
     rope = Rope((1.0,) * (head_dim // 2), head_dim)
@@ -174,7 +185,7 @@ def summary(specs: list[Spec], lines: list[dict[str, Any]], head_dim: int) -> li
         if len(mine) < most or not mine:
             continue
         gaps = torch.tensor([line["loss"] - line["loss_dense"] for line in mine], dtype=torch.float64)
-        row = row_of(spec, head_dim, rope)
+        row = row_of(spec, head_dim, rope, prompt)
         table.append(
             {
                 "row": spec.label(),
@@ -240,7 +251,7 @@ def through_daemon(
     head_dim = head_dim_of(model.config)
     options = SessionOptions(router="sketch", sketch_basis_tokens=min(BASIS_TOKENS, start // 2))
     spec = sketch(head_dim // 4, head_dim // 4, options.sketch_groups, options.sketch_basis_tokens)
-    row = row_of(spec, head_dim, stretch(model, model.base_model.rotary_emb.inv_freq, len(tokens)))
+    row = row_of(spec, head_dim, stretch(model, model.base_model.rotary_emb.inv_freq, len(tokens)), start)
     assert row is not None
     config = {"what": "daemon", "text": name, "prompt": start, "tokens": count, "row": spec.label(), "device": device}
     numbers = real.compare(model, torch.from_numpy(tokens[: start + count]).to(device), start, row, options, out)
@@ -276,15 +287,20 @@ def main(
     place = lines or out
     for directory in (out, place):
         directory.mkdir(parents=True, exist_ok=True)
-    head_dim = head_dim_of(smollm2.config(model))
-    found = texts.documents(tokens, documents, length)
+    config = smollm2.config(model)
+    head_dim = head_dim_of(config)
+    numbers = budgets_of(budgets)
+    try:
+        found = texts.documents(tokens, documents, length, config.vocab_size)
+        changes = {how: texts.drifting(found, how) for how in drift or ()}
+    except texts.Refused as refused:
+        raise typer.BadParameter(str(refused)) from refused
     asked: list[tuple[str, list[Spec], list[texts.Text]]] = []
     if table or not (sweep or extra or drift or daemon):
-        asked.append(("table", table_rows(tuple(map(int, budgets.split(","))), head_dim), found))
+        asked.append(("table", table_rows(numbers, head_dim), found))
     if sweep:
         asked.append(("sweep", sweep_rows(head_dim), found))
-    for how in drift or ():
-        changing = texts.drifting(found, how)
+    for how, changing in changes.items():
         asked.append((f"drift-{how}", drift_rows(head_dim, len(changing[0][1]) // 2), changing))
     if extra:
         asked.append(("extra", extra_rows(head_dim), found))
@@ -298,11 +314,11 @@ def main(
         study.begin({"tokens": tokens.name, "device": name, "jobs": jobs, "only": only, "command": " ".join(sys.argv)})
     if measure_lacking:
         run(studies, device, jobs, model)
-    numbers: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for study in studies:
         head, losses = study.read()
-        rows = summary(study.specs, losses, head_dim)
         config = head["config"]
+        rows = summary(study.specs, losses, head_dim, config["length"] // 2)
         title = (
             f"SmolLM2-135M, {config['texts']} texts of {config['length']} tokens ({study.name}), loss over half of it"
         )
@@ -311,11 +327,11 @@ def main(
             draw(rows, out / f"{study.name}.png", "state" if study.name == "sweep" else "fetched", title)
         if record:
             results.append("quality", config, {"table": rows}, made=head["made"])
-        numbers[study.name] = {**head, "table": rows, "lines": losses}
+        measured[study.name] = {**head, "table": rows, "lines": losses}
     if daemon:
-        numbers["daemon"] = through_daemon(found[0], daemon, device, model, out, record)
+        measured["daemon"] = through_daemon(found[0], daemon, device, model, out, record)
     if json_path is not None:
-        json_path.write_text(json.dumps(numbers, indent=1) + "\n")
+        json_path.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

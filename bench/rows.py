@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hga_kvd_client.options import Rope
 from hga_kvd_client.sketch import SketchSpec
+from hga_kvd_client.sketches import BASIS_TOKENS_MIN
 from simulate import CHUNK, Row, hga_rule, oracle_rule, sketch_rule
 
 BASIS_TOKENS = 2048
@@ -112,8 +113,9 @@ def extra_rows(head_dim: int) -> list[Spec]:
     ]
 
 
-def row_of(spec: Spec, head_dim: int, rope: Rope) -> Row | None:
-    """What the simulation runs; None: dense."""
+def row_of(spec: Spec, head_dim: int, rope: Rope, prompt: int) -> Row | None:
+    """What the simulation runs behind a prompt of so many tokens; None: dense. A basis is made of prompt tokens only, and of
+    too few there is none, as in a session: keys are plain."""
     scale, n = head_dim**-0.5, spec.numbers
     kv_bytes = CHUNK * 2 * head_dim * 2
     rule, state = None, 0.0
@@ -127,7 +129,9 @@ def row_of(spec: Spec, head_dim: int, rope: Rope) -> Row | None:
     elif spec.kind not in ("window", "dense"):
         if spec.kind == "sketch":
             sketched = SketchSpec(head_dim, int(n[0]), int(n[1]))
-            budget, basis_tokens, basis_first, cover = int(n[2]), int(n[3]), int(n[4]), n[5]
+            budget, basis_tokens, basis_first, cover = int(n[2]), min(int(n[3]), prompt), int(n[4]), n[5]
+            if basis_tokens < min(BASIS_TOKENS_MIN, n[3]):
+                sketched, basis_tokens = SketchSpec.plain(head_dim), 0
         else:
             sketched = SketchSpec.plain(head_dim) if spec.kind == "plain" else SketchSpec(head_dim, 0, head_dim)
             budget, basis_tokens, basis_first, cover = int(n[0]), 0, 0, 1.0

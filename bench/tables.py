@@ -125,9 +125,15 @@ def _through_daemon(root: Path) -> str:
 
 
 def _studies(root: Path) -> dict[tuple[str, str], Line]:
-    """By name, and by the rows that it was run of (`--only`)."""
+    """By name, and by the rows that it was run of (`--only`); without those of which every row was run again later."""
     found = [line for line in lines("quality", root) if "table" in line["numbers"]]
-    return {(line["config"]["what"], line["config"].get("only", "")): line for line in found}
+    kept, later = [], set()
+    for line in reversed(found):
+        rows = {(line["config"]["what"], row["row"]) for row in line["numbers"]["table"]}
+        if not rows <= later:
+            kept.append(line)
+        later |= rows
+    return {(line["config"]["what"], line["config"].get("only", "")): line for line in reversed(kept)}
 
 
 def _quality(studies: list[Line], kinds: tuple[str, ...]) -> str:
