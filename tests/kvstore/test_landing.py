@@ -6,6 +6,8 @@ import gc
 import mmap
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -254,6 +256,39 @@ def test_the_token_may_come_byte_by_byte(served):
 
 def test_the_socket_is_private(served):
     assert served.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_another_user_gets_nothing_even_with_a_token(served, monkeypatch):
+    """Also where the socket's mode does not keep him out: as after a chmod by somebody."""
+    token = offer(served, 5)
+    if os.geteuid():  # who may not become another user is one to a daemon of another
+        monkeypatch.setattr(handover_module.os, "geteuid", lambda: os.getuid() + 1)
+        become = ""
+    else:
+        Path(served.directory.name).chmod(0o755)
+        served.path.chmod(0o666)
+        become = "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)"
+    script = f"""
+import os, socket, sys
+{become}
+peer = socket.socket(socket.AF_UNIX)
+peer.settimeout(30)
+peer.connect({str(served.path)!r})
+try:
+    peer.sendall(bytes.fromhex({token.hex()!r}))
+    answer = peer.recv(1)
+except (BrokenPipeError, ConnectionResetError):
+    answer = b""
+print(answer)
+"""
+    heard = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert heard.stdout == "b''\n"
+    monkeypatch.undo()
+    with served.connect() as client:  # the token is still good, for who may have it
+        client.sendall(token)
+        _, descriptors, _, _ = socket.recv_fds(client, 16, 4)
+        os.close(descriptors[0])
+    served.wait_gone(5)
 
 
 @given(st.binary(min_size=16, max_size=64))

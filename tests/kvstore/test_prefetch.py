@@ -114,17 +114,27 @@ def test_what_was_prefetched_is_in_ram_and_counted(stored):
     assert (after.prefetch_useful_records, after.prefetch_wasted_records) == (len(wanted), 0)
 
 
-def test_a_prefetch_ends_with_its_session(stored, monkeypatch):
+@pytest.mark.parametrize("how", ["delete", "truncate", "newer"])
+def test_a_prefetch_ends_when_it_is_stale(stored, monkeypatch, how):
+    """With its session, with its epoch, and with the next step's: what still waits is not brought."""
     engine, session_id, _ = stored
     monkeypatch.setattr(prefetcher, "WAIT_S", 60)
     engine._fetch_path.reading = 1  # a fetch goes first, so the first part waits
     engine.prefetch(session_id, 0, all_keys(32, WIDE))
     waiting = engine._prefetcher.queue._waiting
     wait_for(lambda: session_id in waiting and len(waiting[session_id].keys) < len(all_keys(32, WIDE)))
-    engine.delete(session_id)
+    if how == "delete":
+        engine.delete(session_id)
+    elif how == "truncate":
+        engine.truncate(session_id, 0, 30)
+    else:
+        engine.prefetch(session_id, 0, all_keys(1, WIDE))
     engine._fetch_path.reading = 0
     wait_for(lambda: not waiting)
-    assert engine.stats().prefetched_records == 0
+    # The part that a thread had in hand is read yet, of a session that is there in this epoch.
+    in_hand = prefetch.PART_KEYS if how == "newer" else 0
+    wait_for(lambda: engine.stats().prefetched_records >= in_hand)
+    assert engine.stats().prefetched_records <= in_hand + (len(all_keys(1, WIDE)) if how == "newer" else 0)
 
 
 def test_a_prefetch_lets_fetches_go_first(stored):
