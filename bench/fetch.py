@@ -44,7 +44,7 @@ from hga_kvd_client.geometry import KEY_DTYPE, Geometry
 from hga_kvd_client.lane import End, best_end
 from hga_kvd_proto import lane as layout
 from hga_kvd_proto.v1 import kvd_pb2, kvd_pb2_grpc
-from raw_io import ALIGNMENT, FIO, disk_speed, fio_read
+from raw_io import ALIGNMENT, FIO, checksums_of, disk_speed, fetch_speed, fio_read
 from rich.console import Console
 from rich.table import Table
 
@@ -236,8 +236,10 @@ def from_disk(
     depth: int,
     pid: int,
 ) -> None:
-    """One round of the disk cases. `alone`: batches of as many reads by the daemon's I/O engine, and nothing else."""
-    disk = FileDisk(segments[0].parent, UringEngine(depth), ALIGNMENT)
+    """One round of the disk cases. `alone`: batches of as many reads by the daemon's I/O engine, and nothing else. `no
+    daemon`: the same, verified and copied, in C: what one fetch at a time could reach at best."""
+    disk, names = FileDisk(segments[0].parent, UringEngine(depth), ALIGNMENT), [segment.name for segment in segments]
+    sums = checksums_of(disk, names[:1])
     for part, groups in product(range(SLICES), (4, 1)):
         size = groups * RECORD
         name = f"128 x {size >> 10} KiB NVMe"
@@ -246,7 +248,8 @@ def from_disk(
         speed, share = fetch_rounds(connection, session_id, data, rounds, 1000 * seed + part, groups)
         used = cpu_seconds(pid) - before
         theirs["that asks in batches too"] = of_fio(segments, size, READS, "huge", IN_BATCHES)
-        alone = disk_speed(disk, size, READS, 0.2, "huge", [segment.name for segment in segments])
+        alone = disk_speed(disk, size, READS, 0.2, "huge", names)
+        best = fetch_speed(disk, sums, READS, groups, 0.2)
         theirs["plain pages"] = of_fio(segments, size, depth, "plain")
         values.setdefault(f"{name}, GB/s", []).append(speed)
         values.setdefault(f"{name}, from disk", []).append(share)
@@ -254,6 +257,7 @@ def from_disk(
         values.setdefault(f"{name}, over the same reads alone", []).append(speed / alone)
         for kind, found in theirs.items():
             if found is not None:
+                values.setdefault(f"{name}, no daemon, over fio, {kind}", []).append(best / found[0])
                 values.setdefault(f"{name}, over fio, {kind}", []).append(speed / found[0])
                 values.setdefault(f"{name}, fio's CPU s/GB, {kind}", []).append(found[1])
     disk.shutdown()

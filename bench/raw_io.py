@@ -22,12 +22,16 @@ from typing import Annotated, Any
 import numpy as np
 import results
 import typer
+from hga_kvd import native
+from hga_kvd.checksum import checksums
 from hga_kvd.config import parse_size
 from hga_kvd.filedisk import FileDisk
+from hga_kvd.geometry import Geometry
 from hga_kvd.io_engine import EngineUnavailable, IoEngine
 from hga_kvd.liburing_engine import LiburingEngine
 from hga_kvd.memory import HUGE_PAGE_BYTES, address_of, aligned_buffer
 from hga_kvd.posix_engine import PosixEngine
+from hga_kvd.residency import Residency
 from hga_kvd.uring import UringEngine
 from rich.console import Console
 from rich.progress import track
@@ -44,6 +48,7 @@ FIO = (
     "--iodepth={depth} --norandommap --randrepeat=0 --time_based --runtime={ms}ms --output-format=json"
 )
 WRITE_BYTES = 8 << 20
+RECORD_BYTES = 8192
 ALIGNMENT = 4096  # of any device
 KINDS = ("huge", "plain")
 
@@ -139,6 +144,56 @@ def disk_speed(disk: FileDisk, size: int, batch: int, seconds: float, kind: str,
     for handle in opened:
         disk.close(handle)
     return calls * batch * size / taken / 1e9
+
+
+def fetch_speed(disk: FileDisk, files: dict[str, np.ndarray], runs: int, groups: int, seconds: float) -> float:
+    """GB/s of what a fetch of `runs` runs of `groups` records does below its plan, and nothing else: one call in C that
+    reads into an arena of huge pages, verifies, and copies to a landing of huge pages (native.bring). files: checksums of
+    all records, as `checksums_of` has them.
+    """
+    opened, size, count = [disk.open(name) for name in files], RECORD_BYTES, runs * groups
+    geometry = Geometry(1, 1, 128, "bfloat16")
+    residency = Residency(2 * count * size + (2 << 20))
+    pool = residency.pool_for(geometry)
+    landing = aligned_buffer(count * size, huge=True)
+    residency.arena.region[:], landing[:] = 1, 1
+    made = native.Plan(count).laid_out(count, len(files))
+    rng, table = np.random.default_rng(), np.stack(list(files.values()))
+    nothing = np.zeros(0, native.FOUND)
+    made.keys[:], made.seeds[:], made.starts[:] = np.arange(count), 0, np.arange(count) * size
+    taken, calls = 0.0, 0
+    while taken < seconds:
+        file = np.repeat(rng.integers(0, len(files), runs), groups)
+        first = rng.integers(0, table.shape[1] // groups, runs) * groups
+        record = (first[:, None] + np.arange(groups)).reshape(-1)
+        made.segments[:], made.offsets[:], made.expected[:] = file, record * size, table[file, record]
+        start = time.perf_counter()
+        batch = native.Batch.of(pool.view, made, slice(0, count), landing)
+        done = disk.bring(np.array(opened), batch, pool.view, nothing)
+        taken += time.perf_counter() - start
+        calls += 1
+        assert done
+        assert not batch.wrong_items.any()
+    for handle in opened:
+        disk.close(handle)
+    return calls * count * size / taken / 1e9
+
+
+def checksums_of(disk: FileDisk, names: list[str]) -> dict[str, np.ndarray]:
+    """Of every RECORD_BYTES of these files, as many as the shortest has, seed 0. Reads them."""
+    buffer, found = aligned_buffer(WRITE_BYTES, huge=True), {}
+    for name in names:
+        handle = disk.open(name)
+        sums = []
+        for at in range(0, disk.size(handle) // WRITE_BYTES * WRITE_BYTES, WRITE_BYTES):
+            column = np.array([at]), np.array([address_of(buffer)], np.uint64), np.array([WRITE_BYTES])
+            assert not disk.read(np.array([handle], np.int32), *column).any()
+            starts = np.arange(0, WRITE_BYTES, RECORD_BYTES)
+            sums.append(checksums(buffer.data, starts, RECORD_BYTES, np.zeros(len(starts), np.uint64)))
+        disk.close(handle)
+        found[name] = np.concatenate(sums)
+    shortest = min(map(len, found.values()))
+    return {name: sums[:shortest] for name, sums in found.items()}
 
 
 def fio_speed(job: str, memory_bytes: int, kind: str) -> float | None:

@@ -307,9 +307,7 @@ def misses_of(
 ) -> Misses:
     """Records to read, as if they were planned and claimed."""
     count = len(handles)
-    made = native.Plan(count)
-    made._memory[16 * count : 16 * count + 8] = [count, *[0] * 7]
-    made.counted()
+    made = native.Plan(count).laid_out(count)
     made.segments[:] = np.arange(count)
     made.starts[:], made.keys[:], made.offsets[:] = starts, keys, offsets
     made.seeds[:], made.expected[:] = sums
