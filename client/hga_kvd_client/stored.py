@@ -55,6 +55,8 @@ class StoredSession:
         self._session_id = opened.session_id
         self._generation = connection.generation
         self._held = held
+        # Whether an append was begun that nobody heard the end of: if the daemon took it, its chunks are taken back first.
+        self._in_doubt = False
         self.rounds = held.geometry.dtype == "float8_e4m3fn"  # to 8 bits, as options.kv_dtype says
         self._carrier = Carrier(held.device) if held.device.type == "cuda" else None
 
@@ -66,14 +68,21 @@ class StoredSession:
         part = max(1, self.connection.append_bytes_max() // geometry.chunk_bytes)
         while self.chunks < end:
             first, until = self.chunks, min(self.chunks + part, end)
+            if self._in_doubt:
+                self.give_up(first)
+            self._in_doubt = True
             try:
                 self.call(lambda first=first, until=until: self._append(first, until))  # type: ignore[misc]
-            except errors.LimitExceeded:
-                if until - first == 1:
+            except (errors.LimitExceeded, errors.StorageFull) as error:
+                self._in_doubt = False
+                if until - first == 1 or isinstance(error, errors.StorageFull):
                     raise
                 part = (until - first) // 2  # the daemon's arena may be smaller than our region
                 continue
-            self.chunks = until
+            except (errors.AppendOutOfOrder, errors.StaleEpoch):
+                self._in_doubt = False  # somebody else's chunks are there: they stay
+                raise
+            self.chunks, self._in_doubt = until, False
             self.put_routing(first, until)
             self._held.stats.appended_chunks += until - first
 

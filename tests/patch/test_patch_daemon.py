@@ -384,3 +384,28 @@ def test_odd_heads_with_a_budget_for_every_group(head_dim, heads, kv_heads, rota
     assert session.geometry.head_dim == head_dim
     assert session.stats.opened_groups == session.stats.routable_groups > 0
     assert (torch.cat(ours) - expected).abs().max() <= CLOSE
+
+
+class Cut(Exception):
+    pass
+
+
+def test_a_call_that_fails_between_layers_and_the_same_cache_afterwards(daemon):
+    """A decode step is taken back whole; a cache that generate() was cut on goes on where it stood."""
+    model, ids = tiny.make("llama"), tiny.text(PROMPT + 12)
+    with hga_kvd_patch.patched(model, daemon().target, options=ROUTED, prefill_block=512) as state:
+        one, two = state.new_cache(), state.new_cache()
+        for cache in (one, two):
+            model(ids[:, :PROMPT], **{CACHE: cache})
+
+        def cut(*_):
+            raise Cut
+
+        for column in range(PROMPT, PROMPT + 12):
+            if column % 3 == 0:
+                layer = model.base_model.layers[1 + column % 2]
+                with layer.self_attn.o_proj.register_forward_hook(cut), pytest.raises(Cut):
+                    greedy(model, ids[:, : column + 1], 4, **{CACHE: two})
+                assert two.sessions[0].tokens == column
+            step = [model(ids[:, column : column + 1], **{CACHE: cache}).logits for cache in (one, two)]
+            assert (step[0] - step[1]).abs().max() <= CLOSE
