@@ -1,12 +1,17 @@
 """The fast lane over a real engine in this process: honest clients, dead ones, and ones that write what they like."""
 
+import contextlib
 import errno
 import mmap
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -365,6 +370,51 @@ def test_a_stolen_ring_is_made_up_by_the_next(kvd, lane):
     os.eventfd_read(lane.request_bell)
     fetch(lane, session_id, all_keys(1)[:2])
     assert lane.completion(1)[0] == lane.completion(2)[0] == 0
+
+
+@pytest.mark.parametrize("native", ["auto", "off"])
+def test_a_hostile_process_reaches_only_its_own_memory(daemon, native):
+    """hostile.py beside an honest client of a real daemon: what that one gets, has and stored is never touched, and all
+    that the other one was given is reclaimed."""
+    running = daemon(environment={"HGA_KVD_NATIVE": native})
+    stub = running.stub()
+    sessions = [open_session(stub, name).session_id for name in ("honest", "hostile")]
+    payload = payload_of(8)
+    for session_id in sessions:
+        append(stub, session_id, payload)
+        stub.Flush(kvd_pb2.FlushRequest(session_id=session_id))
+
+    def descriptors():
+        """How many of each kind that clients have; threads have rings of their own."""
+        kinds = Counter()
+        for path in Path(f"/proc/{running.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                name = os.readlink(path)
+                kinds.update(kind for kind in ("socket", "eventfd", "eventpoll", "memfd") if kind in name)
+        return kinds
+
+    honest = LaneClient(stub, running.socket)
+    honest.memory[MIB:] = 7
+    chance, keys, fetches, before = np.random.default_rng(0), all_keys(8), 0, descriptors()
+    command = [sys.executable, Path(__file__).with_name("hostile.py"), running.socket, sessions[1], 0, 1]
+    with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as hostile:
+        while hostile.poll() is None:
+            some = chance.choice(keys, chance.choice([2, 8, 64]))
+            fetch(honest, sessions[0], some)
+            assert honest.completion() == (0, b"", (0, len(some), 0))
+            assert honest.memory[: len(some) * RECORD].tobytes() == records_of(payload, some).tobytes()
+            fetches += 1
+        assert int(hostile.stdout.read()) > 5
+    assert hostile.returncode == 0
+    assert fetches > 20
+    assert (honest.memory[MIB:] == 7).all()
+    wait_for(lambda: descriptors() <= before)
+    assert not running.events("fault")
+    stub.Park(kvd_pb2.ParkRequest(session_id=sessions[0]))
+    fetch(honest, sessions[0], keys)  # as it lies on disk
+    assert honest.completion() == (0, b"", (0, 0, len(keys)))
+    assert honest.memory[: payload.size].tobytes() == records_of(payload, keys).tobytes()
+    honest.close()
 
 
 def test_everything_of_a_dead_client_is_reclaimed(kvd):
