@@ -14,7 +14,6 @@ Here are the lives of sessions, start and shutdown. Calls that move bytes go to 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +24,7 @@ from hga_kvd import chains, hits, sessions
 from hga_kvd.answers import EngineStats, Fetched, SessionInfo, Verified
 from hga_kvd.append import AppendPath
 from hga_kvd.background import Background
+from hga_kvd.clock import steady_clock
 from hga_kvd.config import Settings
 from hga_kvd.disk import Disk
 from hga_kvd.errors import InvalidRequest, KvdError, NotDurable, SessionNotFound
@@ -56,16 +56,16 @@ class Engine:
         log: FilteringBoundLogger | None = None,
         *,
         background: bool = True,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         """Recovers what is on the disk. background=False: nothing is written and nothing expires but by the caller's own
-        calls. clock: seconds, of the same zero in all runs on one store.
+        calls. clock: seconds, of the same zero in all runs on one store; None: clock.py.
 
         Raises: StartRefused.
         """
         self._settings = settings
         self._log = log or silent_log()
-        self._clock = clock
+        self._clock = clock = clock or steady_clock()
         self._residency = Residency(settings.ram)
         self._lock = self._residency.lock
         self._disk = disk

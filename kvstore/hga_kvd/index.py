@@ -195,8 +195,8 @@ class Session:
         return not self.name
 
     def use(self, now: float) -> None:
-        """now: seconds of the engine's clock."""
-        self.state, self.used_at = "open", now
+        """now: seconds of the engine's clock, which after a restart may be earlier than it was."""
+        self.state, self.used_at = "open", max(now, self.used_at)
 
     def all_rows(self) -> I64:
         """[chunk_count]"""

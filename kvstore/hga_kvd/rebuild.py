@@ -91,7 +91,7 @@ def rebuild(manifest: Manifest, frames: Iterable[Frame], residency: Residency, n
         _add_chunks(pool, links[entry.session_id].uids, chunk_at, rows, rebuilt)
         session = _add_session(residency, pool, entry, links[entry.session_id], rows, rebuilt)
         # How long ago it was used before a crash is not known well: that counts as use.
-        session.used_at = entry.used_s if manifest.clean else now
+        session.used_at = entry.used_s if manifest.clean else max(now, entry.used_s)
     for frame in summaries:
         for pool, rows in row_of.items():
             _add_summaries(pool, frame, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -326,6 +327,37 @@ def test_sessions_expire_when_they_were_not_used_for_their_time() -> None:
     assert [info.name for info in engine.list()] == ["c", "d"]
     filled(engine, "b", 1)
     assert engine.info(engine.open("b", None, create=False, ttl_s=5).session_id).ttl_s == 5
+
+
+def test_a_system_clock_that_is_set_ends_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead while the daemon runs; or back before it starts, and right again at the next start."""
+    disk, years, system = SimDisk(), 1e9, time.time
+    engine = Engine(Settings(ram=4 * MIB, segment_bytes=2 * MIB, nvme_reserve=0), disk, background=False)
+    engine.open("a", WIDE, create=True, ttl_s=3600)
+    filled(engine, "a", 3)
+    monkeypatch.setattr(time, "time", lambda: system() + years)
+    engine.expire()
+    assert engine.stats().expired_sessions == 0
+    check(engine, filled(engine, "a", 3), 3)
+    engine.shutdown()
+    monkeypatch.undo()
+    right = Clock()
+    right.now = system()
+    for crash, wrong in ((True, 0.0), (False, 1000.0)):
+        clock = Clock()
+        clock.now = wrong
+        engine = make(disk, clock=clock)
+        check(engine, filled(engine, "a", 3), 3)
+        engine.expire()
+        assert engine.stats().expired_sessions == 0
+        if crash:
+            disk = disk.crash()
+        else:
+            engine.shutdown()
+    engine = make(disk, clock=right)
+    engine.expire()
+    assert engine.stats().expired_sessions == 0
+    check(engine, filled(engine, "a", 3), 3)
 
 
 def test_park_empties_ram_and_the_session_stays() -> None:
