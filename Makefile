@@ -80,13 +80,14 @@ proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/hga_kvd_proto/v1/kvd.proto
 
 # hga-kvd beside other stores, each from a package of its own in a venv of its own: lmcache and nixl-cu12 want CUDA
-# packages that their storage does not use, so they come without. PEERS_OPTIONS=--record keeps the numbers.
+# packages that their storage does not use, so they come without. PEERS_OPTIONS=--record makes the README tables of them.
 PEERS_VENV := build/peers-venv
 peers: | apt
 	@test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
 	@$(PEERS_VENV)/bin/pip install -q $(TORCH) -e . -r bench/peers/requirements.txt
 	@$(PEERS_VENV)/bin/pip install -q --no-deps lmcache nixl-cu12
 	$(PEERS_VENV)/bin/python bench/against_peers.py $(PEERS_OPTIONS)
+	$(PEERS_VENV)/bin/python bench/tables.py
 
 # The tables of README.md and bench/README.md, from bench/results.
 tables: setup

@@ -6,6 +6,7 @@ is. Then a manifest of our own is written, which also says that a daemon is runn
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 
 import numpy as np
@@ -34,7 +35,10 @@ def bring_back(disk: Disk, writeout: WriteOut, residency: Residency, log: Filter
         damaged_records, dead = recover(disk, writeout.segments, residency, log, now)
         writeout.start(dead)
     except OSError as error:
-        raise StartRefused(f"the store cannot be used ({error}): check the device and its permissions") from error
+        what = "check the device and its permissions"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = "a start writes a manifest, some MiB at most: free that on its file system, then start again"
+        raise StartRefused(f"the store cannot be used ({error}): {what}") from error
     sessions = residency.sessions.values()
     if sessions:
         give_back_freed()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hga_kvd.config import Settings
 from hga_kvd.engine import Engine
-from hga_kvd.errors import NotDurable, SessionNotFound, StorageFull
+from hga_kvd.errors import NotDurable, SessionNotFound, StartRefused, StorageFull
 from hga_kvd.geometry import KEY_DTYPE, Geometry
 from hga_kvd.testing.oracle import random_keys, records_of
 from hga_kvd.testing.simdisk import SimDisk
+from hga_kvd.writeout import WriteOut
 
 MIB = 1 << 20
 WIDE = Geometry(2, 2, 64, "float32")  # chunks of 128 KiB
@@ -357,6 +360,19 @@ def test_a_system_clock_that_is_set_ends_no_session(monkeypatch: pytest.MonkeyPa
     engine = make(disk, clock=right)
     engine.expire()
     assert engine.stats().expired_sessions == 0
+    check(engine, filled(engine, "a", 3), 3)
+
+
+def test_a_start_on_a_full_disk_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = SimDisk()
+    engine = make(disk)
+    check(engine, filled(engine, "a", 3), 3)
+    engine.shutdown()
+    with monkeypatch.context() as full:
+        full.setattr(WriteOut, "start", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(StartRefused, match="free that on its file system"):
+            make(disk)
+    engine = make(disk)
     check(engine, filled(engine, "a", 3), 3)
 
 
