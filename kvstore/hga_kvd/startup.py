@@ -37,7 +37,7 @@ def bring_back(disk: Disk, writeout: WriteOut, residency: Residency, log: Filter
     except OSError as error:
         what = "check the device and its permissions"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = "a start writes a manifest, some MiB at most: free that on its file system, then start again"
+            what = "a start writes a manifest: free some space on its file system, then start again"
         raise StartRefused(f"the store cannot be used ({error}): {what}") from error
     sessions = residency.sessions.values()
     if sessions:

@@ -370,7 +370,7 @@ def test_a_start_on_a_full_disk_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
     engine.shutdown()
     with monkeypatch.context() as full:
         full.setattr(WriteOut, "start", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(StartRefused, match="free that on its file system"):
+        with pytest.raises(StartRefused, match="free some space on its file system"):
             make(disk)
     engine = make(disk)
     check(engine, filled(engine, "a", 3), 3)
